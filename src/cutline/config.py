@@ -1,0 +1,133 @@
+"""Recipes: YAML + dotted overrides, checked by pydantic models that live beside the components they configure.
+
+`load(Model, path, ["a.b=1"])` reads the file, applies the overrides (OmegaConf's dot-list syntax, so values are YAML)
+and validates. An unknown or ill-typed key becomes a `ConfigError` naming the key, the recipe line (or the override)
+and the nearest valid key.
+"""
+
+import difflib
+import types
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from cutline.errors import ConfigError
+
+
+class Config(BaseModel):
+    """Base of every config model: unknown keys are errors, defaults are checked too."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True)
+
+
+C = TypeVar("C", bound=Config)
+Location = tuple[str | int, ...]
+
+
+def load(model: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
+    """Read `path` (YAML; None for all defaults), apply `overrides` (`key.sub=value`) and validate as `model`."""
+    text = ""
+    if path is not None:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except OSError as e:
+            raise ConfigError(f"cannot read the recipe {str(path)!r}: {e.strerror}. Check the path.") from e
+    try:
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as e:
+        raise ConfigError(f"{path} is not valid YAML: {e}") from e
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of keys to values, and holds a {type(values).__name__}.")
+    values = _apply(values, overrides)
+    try:
+        return model.model_validate(values)
+    except ValidationError as e:
+        raise ConfigError(_explain(e, model, node, path, overrides)) from e
+
+
+def dump(config: Config) -> str:
+    """The config as YAML, complete and in the order of its fields; `load` reads it back to an equal config."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for item in overrides:
+        if "=" not in item or item.startswith("="):
+            raise ConfigError(f"override {item!r} is not of the form key=value, for example train.batch=256.")
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
+        result = OmegaConf.to_container(merged, resolve=True)
+    except (OmegaConfBaseException, yaml.YAMLError) as e:
+        raise ConfigError(f"cannot apply the overrides {list(overrides)}: {e}") from e
+    assert isinstance(result, dict)
+    return {str(k): v for k, v in result.items()}
+
+
+def _explain(
+    error: ValidationError, model: type[BaseModel], node: yaml.Node | None, path: Any, overrides: Sequence[str]
+) -> str:
+    lines = []
+    for problem in error.errors():
+        # A union adds its member's name to the location; keep only the parts that are keys of the recipe.
+        loc = tuple(p for p in problem["loc"] if not (isinstance(p, str) and ("[" in p or p[:1].isupper())))
+        key = ".".join(str(p) for p in loc)
+        where = _origin(loc, node, path, overrides)
+        if problem["type"] == "extra_forbidden":
+            valid = sorted(_fields(model, loc[:-1]))
+            near = difflib.get_close_matches(str(loc[-1]), valid, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else "valid keys: " + ", ".join(valid) + "."
+            lines.append(f"unknown key {key!r}{where}: {hint}")
+        else:
+            value = problem.get("input")
+            shown = "" if problem["type"] == "missing" else f" (got {value!r})"
+            lines.append(f"{key or 'recipe'}{where}: {problem['msg']}{shown}")
+    return "\n".join(lines)
+
+
+def _origin(loc: Location, node: yaml.Node | None, path: Any, overrides: Sequence[str]) -> str:
+    key = ".".join(str(p) for p in loc)
+    for item in overrides:
+        name = item.split("=", 1)[0]
+        if name == key or key.startswith(name + "."):
+            return f" (override {item!r})"
+    line = None
+    for part in loc:
+        if isinstance(node, yaml.MappingNode):
+            found = [(k, v) for k, v in node.value if k.value == str(part)]
+            if not found:
+                break
+            line, node = found[0][0].start_mark.line + 1, found[0][1]
+        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
+            node = node.value[part]
+            line = node.start_mark.line + 1
+        else:
+            break
+    return f" ({path}, line {line})" if line and path else ""
+
+
+def _fields(model: type[BaseModel], loc: Location) -> set[str]:
+    """Names of the fields of the (nested) model at `loc`."""
+    models: set[type[BaseModel]] = {model}
+    for part in loc:
+        found: set[type[BaseModel]] = set()
+        for m in models:
+            field = m.model_fields.get(str(part))
+            if field is not None:
+                found |= _models_in(field.annotation)
+        models = found or models
+    return {name for m in models for name in m.model_fields}
+
+
+def _models_in(annotation: Any) -> set[type[BaseModel]]:
+    if get_origin(annotation) in (Union, types.UnionType, list, dict, tuple):
+        return {m for a in get_args(annotation) for m in _models_in(a)}
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return {annotation}
+    return set()

@@ -1,0 +1,131 @@
+"""The objective contract: what a training method is to the rest of the house.
+
+A method is one module `cutline/objectives/NAME.py` with two names in it: `Config` (a subclass of `ObjectiveConfig`)
+and `Objective` (a subclass of the class below). A recipe names it under `objectives:`; nothing else has to change.
+
+Shapes: B pictures of this process, D joint embedding width, T tokens, M texts of a picture set (M = B, or more when
+several captions belong to one picture).
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cutline.config import Config
+
+
+class ObjectiveConfig(Config):
+    """Options every objective has."""
+
+    weight: float = Field(1.0, ge=0)
+
+
+class View(Config):
+    """One kind of picture an objective asks the stream for.
+
+    size: pixels, None for the tower's own; count: how many of them per picture; scale: range of the area that a
+    random crop keeps. The view named "image" is the recipe's own augmentation and always exists.
+    """
+
+    size: int | None = None
+    count: int = Field(1, ge=1)
+    scale: tuple[float, float] = (0.4, 1.0)
+
+
+@dataclass
+class Texts:
+    """Tokenised texts of one text source: tokens (M, T) and owners (M,), the row in the batch each belongs to."""
+
+    tokens: Tensor
+    owners: Tensor
+
+
+@dataclass
+class Batch:
+    """One step's samples on this process.
+
+    views: name → (B, 3, H, W), or (B·count, 3, H, W) with the views of a picture adjacent. texts: source → `Texts`;
+    the source is "text" for the rules `sample` and `all`, and one per column for `sum`. columns: whatever else an
+    objective asked for by name, collated. keys: the samples' keys, for messages.
+    """
+
+    views: dict[str, Tensor]
+    texts: dict[str, Texts]
+    columns: dict[str, Any] = field(default_factory=dict)
+    keys: list[str] = field(default_factory=list)
+
+    def to(self, device: torch.device) -> "Batch":
+        def move(t: Any) -> Any:
+            return t.to(device, non_blocking=True) if isinstance(t, Tensor) else t
+
+        return Batch(
+            {k: move(v) for k, v in self.views.items()},
+            {k: Texts(move(v.tokens), move(v.owners)) for k, v in self.texts.items()},
+            {k: move(v) for k, v in self.columns.items()},
+            self.keys,
+        )
+
+
+class Features:
+    """Embeddings of one batch, each computed once, when the first objective asks for it.
+
+    image(view) and text(source) are L2-normalised and joint, (B, D) and (M, D).
+    """
+
+    def __init__(self, model: Any, batch: Batch) -> None:
+        self.model, self.batch = model, batch
+        self._cache: dict[tuple[str, str], Tensor] = {}
+
+    def image(self, view: str = "image") -> Tensor:
+        key = ("image", view)
+        if key not in self._cache:
+            self._cache[key] = self.model.encode_image(self.batch.views[view], normalize=True)
+        return self._cache[key]
+
+    def text(self, source: str = "text") -> Tensor:
+        if ("text", source) not in self._cache:
+            # One pass of the text tower for all sources: small batches waste it, and DataCompDR trains that way.
+            sources = list(self.batch.texts)
+            width = max(self.batch.texts[s].tokens.shape[1] for s in sources)
+            tokens = [nn.functional.pad(t.tokens, (0, width - t.tokens.shape[1])) for t in self.batch.texts.values()]
+            embedded = self.model.encode_text(torch.cat(tokens), normalize=True)
+            for s, part in zip(sources, embedded.split([len(t) for t in tokens]), strict=True):
+                self._cache[("text", s)] = part
+        return self._cache[("text", source)]
+
+    def logit_scale(self) -> Tensor:
+        """exp of the learned log scale, a scalar."""
+        scale: Tensor = self.model.logit_scale.exp()
+        return scale
+
+
+class Objective(nn.Module):
+    """Base of every objective: build heads in `__init__`, return named loss terms from `forward`.
+
+    `forward` returns its loss terms, unweighted: the sum of them is this objective's loss, and the loop multiplies it
+    by `config.weight` and averages over processes. What is only to be logged goes into `self.logged`.
+    """
+
+    needs_text: ClassVar[bool] = True
+
+    def __init__(self, config: ObjectiveConfig, model: nn.Module) -> None:
+        super().__init__()
+        self.config = config
+        self.logged: dict[str, Tensor] = {}
+
+    def views(self) -> dict[str, View]:
+        """Views needed beside "image"."""
+        return {}
+
+    def columns(self) -> list[str]:
+        """Table columns needed beside the picture and the texts."""
+        return []
+
+    def forward(self, batch: Batch, features: Features) -> dict[str, Tensor]:
+        raise NotImplementedError(type(self).__name__)
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Called after every optimiser step (for teachers that follow the student)."""
