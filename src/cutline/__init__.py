@@ -1,0 +1,1 @@
+"""Cutline: from pictures with poor text to vision backbones that see."""
