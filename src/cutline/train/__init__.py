@@ -1,0 +1,1 @@
+"""Pretraining: stream, loop, optimiser, checkpoints."""
