@@ -42,7 +42,7 @@ def load(model: type[C], path: str | Path | None, overrides: Sequence[str] = ())
         raise ConfigError(f"{path} is not valid YAML: {e}") from e
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, and holds a {type(values).__name__}.")
-    values = _apply(values, overrides)
+    values = apply(values, overrides)
     try:
         return model.model_validate(values)
     except ValidationError as e:
@@ -54,7 +54,8 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _apply(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+def apply(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values` with the dotted overrides merged in (OmegaConf semantics: mappings merge, everything else replaces)."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

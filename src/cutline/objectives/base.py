@@ -37,10 +37,14 @@ class View(Config):
 
 @dataclass
 class Texts:
-    """Tokenised texts of one text source: tokens (M, T) and owners (M,), the row in the batch each belongs to."""
+    """Tokenised texts of one text source: tokens (M, T) and owners (M,), the row in the batch each belongs to.
+
+    paired: every row has one text and they are in order (M = B, owners = 0…B−1), on every process.
+    """
 
     tokens: Tensor
     owners: Tensor
+    paired: bool = True
 
 
 @dataclass
@@ -63,7 +67,7 @@ class Batch:
 
         return Batch(
             {k: move(v) for k, v in self.views.items()},
-            {k: Texts(move(v.tokens), move(v.owners)) for k, v in self.texts.items()},
+            {k: Texts(move(v.tokens), move(v.owners), v.paired) for k, v in self.texts.items()},
             {k: move(v) for k, v in self.columns.items()},
             self.keys,
         )
@@ -74,6 +78,8 @@ class Features:
 
     image(view) and text(source) are L2-normalised and joint, (B, D) and (M, D).
     """
+
+    # Objectives compare samples only through this class: whoever computes features otherwise replaces it alone.
 
     def __init__(self, model: Any, batch: Batch) -> None:
         self.model, self.batch = model, batch

@@ -30,7 +30,7 @@ class Objective(base.Objective):
         terms = {}
         for source, texts in batch.texts.items():
             text = features.text(source)
-            if len(texts.owners) == len(image):  # one text a picture, in order
+            if texts.paired:
                 terms[source], hits = paired_loss(image, text, scale)
             else:
                 terms[source], hits = multi_positive_loss(image, text, texts.owners, scale)

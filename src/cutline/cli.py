@@ -1,0 +1,255 @@
+"""The command line: a thin skin over the Python API. Heavy libraries are imported inside the commands, when needed."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from cutline.errors import CutlineError
+
+app = typer.Typer(
+    name="cutline", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    help="From pictures with poor text to vision backbones that see.",
+)  # fmt: skip
+pairs_app = typer.Typer(no_args_is_help=True, help="Make, look at, check and export a table of pairs.")
+transfer_app = typer.Typer(no_args_is_help=True, help="Move an encoder to a dense task and score it.")
+zeroshot_app = typer.Typer(no_args_is_help=True, help="Score an image–text model without labels.")
+app.add_typer(pairs_app, name="pairs")
+app.add_typer(transfer_app, name="transfer")
+app.add_typer(zeroshot_app, name="zeroshot")
+
+Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of the config, key=value.")]
+Encoder = Annotated[str, typer.Option(help="A run directory, name:pretrained of open_clip, a timm name, or hf-hub:…")]
+Data = Annotated[str, typer.Option(help="What to score on: kind:path.")]
+Out = Annotated[Path | None, typer.Option(help="Output folder.")]
+
+
+@app.callback()
+def _options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """From pictures with poor text to vision backbones that see."""
+
+
+@app.command()
+def quickstart(
+    size: Annotated[str, typer.Option(help="tiny (2 minutes), small (10), or full (one GPU, half an hour).")] = "small",
+    out: Annotated[Path, typer.Option(help="Output folder.")] = Path("quickstart"),
+    seeds: Annotated[int | None, typer.Option(help="Seeds to run (default: the size's own number).")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """The whole chain on embedded scenes: pretrain three ways, transfer, compare; ends with a table and a report."""
+    from cutline.study.plan import quickstart_plan
+
+    extra = [f"seeds={list(range(seeds))}"] if seeds else []
+    _study(quickstart_plan(size, extra + list(overrides or [])), out / size, None)
+
+
+@app.command()
+def study(
+    plan: Annotated[Path, typer.Argument(help="A study, YAML.")],
+    only: Annotated[str | None, typer.Option(help="Run only ARM or ARM/TASK.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Only write the report of what is finished.")] = False,
+    out: Out = None,
+    overrides: Overrides = None,
+) -> None:
+    """Run arms × tasks × seeds, resumably, and report."""
+    from cutline.study.plan import load_plan
+
+    loaded = load_plan(plan, list(overrides or []))
+    _study(loaded, out or Path("runs") / loaded.name, only, report)
+
+
+def _study(plan: Any, out: Path, only: str | None, report_only: bool = False) -> None:
+    from cutline.study.report import print_table, write_report
+    from cutline.study.runner import run
+
+    if not report_only:
+        run(plan, out, only, say=lambda line: print(line, file=sys.stderr, flush=True))
+    print_table(plan, out)
+    page = write_report(plan, out)
+    trained = next((a for a, o in reversed(plan.arms.items()) if o is not None), None)
+    _done(page, f"open {page}")
+    if trained is not None:
+        from cutline.study.runner import Cell
+
+        folder = Cell(trained, plan.seeds[0]).folder(out)
+        print(f"The encoders are run directories, for example {folder}")
+
+
+@app.command()
+def scenes(
+    out: Annotated[Path, typer.Argument(help="The table to write, OUT.lance.")],
+    n: Annotated[int, typer.Option("--n", help="How many scenes.")],
+    size: Annotated[int, typer.Option(help="Pixels a side, 48 to 448.")] = 224,
+    seed: Annotated[int, typer.Option(help="Scene i of a seed is always the same.")] = 0,
+    mix: Annotated[str, typer.Option(help="Quality of the alt text: web, mild or harsh.")] = "web",
+    labels: Annotated[Path | None, typer.Option(help="Also write pictures, masks and depth here (folder: layout).")] = None,
+) -> None:
+    """Write embedded scenes as pairs, with captions and alt text."""
+    from cutline.scenes import parse_spec
+    from cutline.scenes.write import write_pairs
+
+    write_pairs(parse_spec(f"scenes:n={n},size={size},seed={seed},mix={mix}"), out, labels)
+    _done(out, f"cutline pairs info {out}")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, YAML.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Pretrain by a recipe. Under torchrun: on all its processes."""
+    from cutline.config import load
+    from cutline.train.loop import train as run
+    from cutline.train.recipe import Recipe
+
+    loaded = load(Recipe, recipe, list(overrides or []))
+    folder = run(loaded, out or Path("runs") / loaded.name, resume)
+    _done(folder, f"cutline zeroshot retrieve --model {folder} --data {loaded.data.pairs}")
+
+
+@transfer_app.command()
+def segment(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+    """Semantic segmentation: mIoU, mAcc, pixel accuracy."""
+    from cutline.config import load
+    from cutline.transfer.segment import SegmentConfig
+    from cutline.transfer.segment import segment as run
+
+    folder = out or _folder(encoder, "segment", data)
+    _scored(run(encoder, data, load(SegmentConfig, None, list(overrides or [])), folder), folder)
+
+
+@transfer_app.command()
+def depth(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+    """Depth from one picture: RMSE (m), AbsRel, δ1–3, log10, SILog."""
+    from cutline.config import load
+    from cutline.transfer.depth import DepthConfig
+    from cutline.transfer.depth import depth as run
+
+    folder = out or _folder(encoder, "depth", data)
+    _scored(run(encoder, data, load(DepthConfig, None, list(overrides or [])), folder), folder)
+
+
+@zeroshot_app.command()
+def retrieve(
+    model: Annotated[str, typer.Option(help="A run directory, name:pretrained of open_clip, or hf-hub:…")],
+    data: Annotated[str, typer.Option(help="A table of pairs, or scenes:…")],
+    overrides: Overrides = None,
+    out: Out = None,
+) -> None:
+    """Find the picture of a text and the text of a picture: recall at 1, 5, 10 both ways."""
+    from cutline.config import load
+    from cutline.train.stream import open_source
+    from cutline.zeroshot.retrieve import RetrieveConfig, held_out
+    from cutline.zeroshot.retrieve import retrieve as run
+
+    config = load(RetrieveConfig, None, list(overrides or []))
+    if config.where is None:
+        config.where = held_out(model, data)
+        if config.where:
+            print(f"Scoring only pairs that the model was not trained on: where {config.where}", file=sys.stderr)
+    folder = out or _folder(model, "retrieve", data)
+    _scored(run(model, open_source(data, config.where), config, data, folder), folder)
+
+
+@pairs_app.command("create")
+def pairs_create(
+    out: Annotated[Path, typer.Argument(help="The table to write, OUT.lance.")],
+    sources: Annotated[list[str], typer.Argument(help="Tars (braces and globs), a folder, csv/tsv/jsonl/parquet, coco:…, hf:…")],
+    alt: Annotated[str | None, typer.Option(help="Field that holds the alt text.")] = None,
+    captions: Annotated[str | None, typer.Option(help="Field that holds captions, for example json:captions.")] = None,
+    field: Annotated[list[str] | None, typer.Option(help="More columns, NAME=FIELD.")] = None,
+    inline: Annotated[bool, typer.Option("--inline", help="Copy the pictures into the table.")] = False,
+    max_bad: Annotated[float, typer.Option(help="Stop when more than this share of samples is skipped.")] = 0.1,
+) -> None:
+    """Index pictures where they lie, with their texts, as a table."""
+    from cutline.pairs import create
+
+    report = create(out, sources, alt=alt, captions=captions, fields=_named(field), inline=inline, max_bad=max_bad)
+    _print(report)
+    _done(out, f"cutline pairs check {out}")
+
+
+@pairs_app.command("info")
+def pairs_info(pairs: Annotated[Path, typer.Argument(help="A table of pairs.")]) -> None:
+    """Rows, columns, where each column comes from, versions."""
+    from cutline.pairs import Pairs
+
+    _print(Pairs.open(pairs).info())
+
+
+@pairs_app.command("check")
+def pairs_check(pairs: Annotated[Path, typer.Argument(help="A table of pairs.")]) -> None:
+    """Decode every picture and look at every text; report what is broken."""
+    from cutline.pairs import Pairs, check
+
+    _print(check(Pairs.open(pairs)))
+
+
+@pairs_app.command("export")
+def pairs_export(
+    pairs: Annotated[Path, typer.Argument(help="A table of pairs.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    format: Annotated[str, typer.Option(help="webdataset or parquet.")] = "webdataset",
+    where: Annotated[str | None, typer.Option(help="Only rows that match this filter.")] = None,
+) -> None:
+    """Write a table back as webdataset tars or parquet files."""
+    from cutline.pairs import Pairs, export
+
+    export(Pairs.open(pairs, where=where), out, format=format)
+    _done(out)
+
+
+def _named(items: list[str] | None) -> dict[str, str]:
+    for item in items or []:
+        if "=" not in item:
+            raise CutlineError(f"--field {item!r} is not of the form NAME=FIELD, for example --field licence=json:license.")
+    return dict(item.split("=", 1) for item in items or [])
+
+
+def _folder(model: str, task: str, data: str) -> Path:
+    """Beside the run's own files, or under `runs/` for a model from elsewhere."""
+    from cutline.study.plan import slug
+
+    base = Path(model) if Path(model).is_dir() else Path("runs") / slug(model)
+    return base / f"{task}-{slug(data)[-60:].lstrip('-')}"
+
+
+def _print(thing: Any) -> None:
+    from rich.console import Console
+
+    Console().print(thing)
+
+
+def _scored(result: Any, folder: Path) -> None:
+    from rich.table import Table
+
+    table = Table("metric", "value", title=f"{result.protocol.task} on {result.protocol.data} ({result.protocol.split})")
+    for name, value in result.metrics.items():
+        table.add_row(name, f"{value:,.4g}")
+    _print(table)
+    _done(folder)
+
+
+def _done(path: Path, then: str = "") -> None:
+    print(f"Written: {path}")
+    if then:
+        print(f"Next: {then}")
+
+
+def main() -> None:
+    """Entry point: errors for users are one line on stderr and exit code 1; `--debug` shows the traceback."""
+    debug = "--debug" in sys.argv
+    try:
+        app(standalone_mode=True)
+    except CutlineError as e:
+        if debug:
+            raise
+        print(f"cutline: {e}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Studies: arms × tasks × seeds, run resumably, compared honestly, reported."""

@@ -1,0 +1,88 @@
+"""A study as YAML: the arms (pretrainings), the tasks (transfers), the seeds. `quickstart` is three such files."""
+
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from cutline.config import Config, apply, load
+from cutline.errors import ConfigError
+from cutline.train.recipe import Recipe
+from cutline.transfer.depth import DepthConfig
+from cutline.transfer.segment import SegmentConfig
+
+SIZES = ("tiny", "small", "full")
+
+# The number a task is judged by, its unit's factor for tables, and whether more is better.
+HEADLINE: dict[str, tuple[str, float, bool]] = {"segment": ("miou", 100.0, True), "depth": ("rmse", 1.0, False)}
+
+
+class Task(Config):
+    """One transfer: the kind, its SPEC and its config. Every arm gets the same."""
+
+    task: Literal["segment", "depth"]
+    data: str
+    config: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Task":
+        self.build(0)
+        return self
+
+    def build(self, seed: int) -> SegmentConfig | DepthConfig:
+        """The task's config with a study's seed."""
+        model = SegmentConfig if self.task == "segment" else DepthConfig
+        return model.model_validate({**self.config, "seed": seed})
+
+
+class Plan(Config):
+    """A study. base: a recipe; arms: name → overrides of the base (dotted keys), or null for an untrained encoder;
+    compare: the arm to be judged against the arm it should beat; show: test pictures drawn in the report."""
+
+    name: str
+    title: str = ""
+    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    base: dict[str, Any]
+    arms: dict[str, dict[str, Any] | None] = Field(min_length=1)
+    tasks: dict[str, Task]
+    compare: tuple[str, str] | None = None
+    show: int = Field(4, ge=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Plan":
+        for arm in self.compare or ():
+            if arm not in self.arms:
+                raise ValueError(f"compare names the arm {arm!r}; the arms are {', '.join(self.arms)}")
+        for arm in self.arms:
+            self.recipe(arm, self.seeds[0])
+        return self
+
+    def recipe(self, arm: str, seed: int) -> Recipe:
+        """The arm's recipe. An arm without training uses the base's towers, at their random start."""
+        dotted = [f"{key}={_inline(value)}" for key, value in (self.arms[arm] or {}).items()]
+        values = apply({**self.base, "name": slug(arm), "seed": seed}, dotted)
+        return Recipe.model_validate(values)
+
+
+def load_plan(path: str | Path, overrides: list[str] | None = None) -> Plan:
+    """Read a study. Raises `ConfigError` with the key and line of what is wrong."""
+    return load(Plan, path, overrides or [])
+
+
+def quickstart_plan(size: str, overrides: list[str] | None = None) -> Plan:
+    """The built-in study on the embedded scenes."""
+    if size not in SIZES:
+        raise ConfigError(f"--size {size!r} is not one of {', '.join(SIZES)}.")
+    return load_plan(Path(__file__).parent / "sizes" / f"{size}.yaml", overrides)
+
+
+def slug(name: str) -> str:
+    """A folder name."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def _inline(value: Any) -> str:
+    import json
+
+    return json.dumps(value)

@@ -1,0 +1,99 @@
+"""Run a plan: pretrain every arm for every seed, transfer each to every task. What is finished is never done again."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cutline import towers
+from cutline.config import dump
+from cutline.errors import ConfigError
+from cutline.record import Result, write_atomic
+from cutline.study.plan import Plan, slug
+from cutline.train.loop import train
+from cutline.train.stream import open_source
+from cutline.transfer.depth import DepthConfig, depth
+from cutline.transfer.segment import segment
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One score to be had: an arm, a seed and a task (None: the pretraining itself)."""
+
+    arm: str
+    seed: int
+    task: str | None = None
+
+    def folder(self, out: Path) -> Path:
+        run = out / slug(self.arm) / f"seed-{self.seed}"
+        return run if self.task is None else run / slug(self.task)
+
+
+def run(plan: Plan, out: Path, only: str | None = None, say: Callable[[str], None] = print) -> None:
+    """Run every cell of `plan` that has no result yet, into `out`; `only` is ARM or ARM/TASK.
+
+    A killed study goes on where it stopped: pretraining from its last checkpoint, transfers from the next unscored one.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    previous = out / "study.yaml"
+    if previous.exists() and previous.read_text() != dump(plan):
+        raise ConfigError(f"{out} holds another study (see {previous}); choose another --out, or delete it.")
+    write_atomic(previous, dump(plan).encode())
+    arms, tasks = _chosen(plan, only)
+    sources: dict[str, Any] = {}
+    for seed in plan.seeds:
+        for arm in arms:
+            began = time.monotonic()
+            encoder = _pretrain(plan, Cell(arm, seed), out, sources)
+            say(f"{arm}, seed {seed}: encoder ready after {time.monotonic() - began:.0f} s")
+            for task in tasks:
+                result = _transfer(plan, Cell(arm, seed, task), out, encoder)
+                say(f"  {task}: " + ", ".join(f"{k} {v:.3f}" for k, v in list(result.metrics.items())[:3]))
+
+
+def results(plan: Plan, out: Path) -> dict[Cell, Result]:
+    """The finished cells."""
+    cells = [Cell(a, s, t) for a in plan.arms for s in plan.seeds for t in plan.tasks]
+    return {c: Result.read(c.folder(out)) for c in cells if (c.folder(out) / "result.json").exists()}
+
+
+def _chosen(plan: Plan, only: str | None) -> tuple[list[str], list[str]]:
+    if only is None:
+        return list(plan.arms), list(plan.tasks)
+    arm, _, task = only.partition("/")
+    if arm not in plan.arms or (task and task not in plan.tasks):
+        raise ConfigError(f"--only {only!r} names no cell; arms: {', '.join(plan.arms)}; tasks: {', '.join(plan.tasks)}.")
+    return [arm], [task] if task else list(plan.tasks)
+
+
+def _pretrain(plan: Plan, cell: Cell, out: Path, sources: dict[str, Any]) -> str:
+    """The folder of the arm's model, trained if it is not there yet."""
+    folder = cell.folder(out)
+    if (folder / "model").is_dir():
+        return str(folder)
+    recipe = plan.recipe(cell.arm, cell.seed)
+    if plan.arms[cell.arm] is None:
+        torch.manual_seed(cell.seed)
+        towers.save(towers.build(recipe.towers), folder / "model")
+        return str(folder)
+    key = f"{recipe.data.pairs} {recipe.data.where}"
+    if key not in sources:
+        sources.clear()  # the arms of a seed share one; two big ones would not fit
+        sources[key] = open_source(recipe.data.pairs, recipe.data.where, cache=recipe.data.cache)
+    train(recipe, folder, resume=True, source=sources[key])
+    return str(folder)
+
+
+def _transfer(plan: Plan, cell: Cell, out: Path, encoder: str) -> Result:
+    assert cell.task is not None
+    folder = cell.folder(out)
+    if (folder / "result.json").exists():
+        return Result.read(folder)
+    task = plan.tasks[cell.task]
+    config = task.build(cell.seed)
+    if isinstance(config, DepthConfig):
+        return depth(encoder, task.data, config, folder)
+    return segment(encoder, task.data, config, folder)

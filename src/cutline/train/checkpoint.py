@@ -1,0 +1,79 @@
+"""Checkpoints: everything a run needs to go on to the bit, written atomically (a folder renamed into place), pruned.
+
+Written by `torch.distributed.checkpoint`, so the same code serves one process and many, replicated or sharded.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+from cutline.errors import TrainingError
+from cutline.objectives.gather import world
+
+NAME = re.compile(r"^step-(\d{8})$")
+
+
+def saved(folder: Path) -> list[Path]:
+    """Complete checkpoints in `folder`, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(p for p in folder.iterdir() if NAME.match(p.name) and (p / ".metadata").exists())
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
+    """Write `state` (nested dicts of tensors and plain values) as `folder/step-…` and keep the newest `keep`."""
+    rank, size = world()
+    final = folder / f"step-{step:08d}"
+    temporary = folder / f".step-{step:08d}.tmp"
+    if rank == 0:
+        shutil.rmtree(temporary, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+    if size > 1:
+        dist.barrier()
+    try:
+        dcp.save(state, checkpoint_id=str(temporary), no_dist=size == 1)
+    except OSError as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise TrainingError(
+            f"cannot write checkpoint {final}: {e}. Earlier checkpoints are whole; make room and start again with --resume."
+        ) from e
+    if rank == 0:
+        shutil.rmtree(final, ignore_errors=True)
+        os.rename(temporary, final)
+        for old in saved(folder)[:-keep]:
+            shutil.rmtree(old)
+        for stale in folder.glob(".step-*.tmp"):
+            shutil.rmtree(stale, ignore_errors=True)
+    if size > 1:
+        dist.barrier()
+    return final
+
+
+def load(path: Path, state: dict[str, Any]) -> None:
+    """Fill `state` in place: tensors are overwritten, plain values replaced. Raises `TrainingError` if it does not fit."""
+    try:
+        dcp.load(state, checkpoint_id=str(path), no_dist=world()[1] == 1)
+    except Exception as e:
+        raise TrainingError(
+            f"checkpoint {path} does not fit this run ({e}). Resume with the recipe it was made with, or choose another --out."
+        ) from e
+
+
+def rng_state() -> dict[str, torch.Tensor]:
+    """States of the generators that dropout and drop path draw from, for this process."""
+    states = {f"cpu{world()[0]}": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"cuda{world()[0]}"] = torch.cuda.get_rng_state()
+    return states
+
+
+def set_rng_state(states: dict[str, torch.Tensor]) -> None:
+    torch.set_rng_state(states[f"cpu{world()[0]}"])
+    if torch.cuda.is_available():
+        torch.cuda.set_rng_state(states[f"cuda{world()[0]}"])

@@ -1,0 +1,382 @@
+"""The training loop: stream → model and objectives → optimiser step → metrics and checkpoints.
+
+`train(recipe, out, resume)` is a whole run on this process, or on its share of one that torchrun started. A run
+directory holds `recipe.yaml` (resolved), `metrics.jsonl`, TensorBoard events, `checkpoints/` and `model/`.
+"""
+
+import json
+import math
+import os
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from cutline import objectives, towers
+from cutline.config import dump, load
+from cutline.errors import ConfigError, TrainingError
+from cutline.objectives.base import Batch, Features, Objective
+from cutline.objectives.gather import world
+from cutline.progress import progress
+from cutline.record import write_atomic
+from cutline.train import checkpoint
+from cutline.train.optim import param_groups, schedule, set_lr
+from cutline.train.recipe import Recipe
+from cutline.train.stream import Stream, open_source
+
+
+class Trainee(nn.Module):
+    """Model and objectives as one module, so that one wrapper (DDP, FSDP, compile) holds all that learns."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+        super().__init__()
+        self.model = model
+        configs = recipe.objective_configs()
+        self.objectives = nn.ModuleDict({name: objectives.build(name, c, model) for name, c in configs.items()})
+
+    def methods(self) -> dict[str, Objective]:
+        return {name: o for name, o in self.objectives.items() if isinstance(o, Objective)}
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss (a scalar) and what to log of it by name."""
+        features = Features(self.model, batch)
+        total: Tensor = torch.zeros((), device=next(iter(batch.views.values())).device)
+        log: dict[str, Tensor] = {}
+        for name, objective in self.methods().items():
+            terms = objective(batch, features)
+            total = total + objective.config.weight * torch.stack(list(terms.values())).sum()
+            log |= {f"{name}/{term}": value.detach() for term, value in (terms | objective.logged).items()}
+        return total, log
+
+
+@dataclass
+class Run:
+    """A run in progress on this process."""
+
+    recipe: Recipe
+    out: Path
+    device: torch.device
+    trainee: Trainee
+    wrapped: nn.Module
+    optimiser: torch.optim.Optimizer
+    stream: Stream
+    average: nn.Module | None
+    steps: int
+    step: int = 0
+    bad: int = 0  # steps skipped so far
+    bad_in_row: int = 0
+    seconds: float = 0.0
+    flops: float = 0.0  # of one step on this process
+    window: dict[str, list[float]] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on. Tensors are the live ones: `checkpoint.load` fills them in place."""
+        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+        state: dict[str, Any] = {
+            "trainee": self.trainee.state_dict(),
+            "optimiser": get_optimizer_state_dict(self.trainee, self.optimiser),
+            "rng": checkpoint.rng_state(),
+            "stream": self.stream.state_dict(),
+            "progress": {"step": self.step, "bad": self.bad, "bad_in_row": self.bad_in_row, "seconds": self.seconds},
+        }
+        if self.average is not None:
+            state["average"] = self.average.state_dict()
+        return state
+
+    def resume(self, path: Path) -> None:
+        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+
+        state = self.state()
+        checkpoint.load(path, state)
+        self.trainee.load_state_dict(state["trainee"])
+        set_optimizer_state_dict(self.trainee, self.optimiser, state["optimiser"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
+        self.stream.load_state_dict(state["stream"])
+        self.step, self.bad = state["progress"]["step"], state["progress"]["bad"]
+        self.bad_in_row, self.seconds = state["progress"]["bad_in_row"], state["progress"]["seconds"]
+        checkpoint.set_rng_state(state["rng"])
+
+
+def train(recipe: Recipe, out: Path, resume: bool = False, source: Any = None, show: bool = True) -> Path:
+    """Train `recipe` into the run directory `out`; returns `out`.
+
+    resume: go on from the newest checkpoint in `out` (to the bit on one process), or start if there is none. source:
+    an open source to read instead of opening `recipe.data.pairs` (for runs in one process that share pictures).
+    Raises `ConfigError` if `out` holds a run and `resume` is not set, `DataError` for unreadable data and
+    `TrainingError` where training cannot go on.
+    """
+    with process_group():
+        run = prepare(recipe, out, resume, source)
+        with progress(recipe.name, run.steps * recipe.train.batch, "images", show and world()[0] == 0) as tick:
+            tick(run.step * recipe.train.batch)
+            _loop(run, tick)
+        if world()[0] == 0:
+            model = run.trainee.model if run.average is None else run.average.module
+            towers.save(model, out / "model")
+    return out
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Join the processes that torchrun started, if it did; NCCL on GPUs, gloo elsewhere."""
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
+        yield
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def prepare(recipe: Recipe, out: Path, resume: bool, source: Any = None) -> Run:
+    """Build everything, write `recipe.yaml`, and go to the newest checkpoint if `resume` says so."""
+    config = recipe.train
+    rank, size = world()
+    if config.batch % size:
+        raise ConfigError(f"train.batch = {config.batch} does not divide over {size} processes; choose a multiple of {size}.")
+    newest = checkpoint.saved(out / "checkpoints")[-1:] if resume else []
+    if not resume and (out / "recipe.yaml").exists():
+        raise ConfigError(f"{out} already holds a run. Add --resume to go on with it, or choose another --out.")
+    if newest and dump(load(Recipe, out / "recipe.yaml")) != dump(recipe):
+        raise ConfigError(f"the recipe differs from {out / 'recipe.yaml'}; resume with the same one, or choose another --out.")
+    device = _device(config.device)
+    torch.manual_seed(recipe.seed)
+    model = towers.build(recipe.towers, device=device)
+    trainee = Trainee(model, recipe).to(device)
+    torch.manual_seed(recipe.seed + 1 + rank)  # what is drawn while training differs between processes
+    stream = _stream(recipe, trainee, model, source, device)
+    groups = param_groups(trainee, config.lr, config.weight_decay)
+    optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
+    average = None
+    if config.ema is not None:
+        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+    wrapped: nn.Module = trainee
+    if size > 1:
+        wrapped = nn.parallel.DistributedDataParallel(trainee, find_unused_parameters=True)
+    if config.compile:
+        wrapped = torch.compile(wrapped)  # type: ignore[assignment]
+    steps = math.ceil(recipe.train.samples / config.batch)
+    run = Run(recipe, out, device, trainee, wrapped, optimiser, stream, average, steps)
+    if newest:
+        run.resume(newest[0])
+    if rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(out / "recipe.yaml", dump(recipe).encode())
+        _cut_metrics(out / "metrics.jsonl", run.step)
+    return run
+
+
+def _stream(recipe: Recipe, trainee: Trainee, model: nn.Module, source: Any, device: torch.device) -> Stream:
+    data, (rank, size) = recipe.data, world()
+    methods = trainee.methods().values()
+    return Stream(
+        source if source is not None else open_source(data.pairs, data.where),
+        batch=recipe.train.batch,
+        size=towers.image_size(model),
+        tokenizer=towers.Tokenizer.of(model),
+        seed=recipe.seed,
+        augment=data.augment,
+        text=data.text,
+        views={name: view for o in methods for name, view in o.views().items()},
+        columns=sorted({c for o in methods for c in o.columns()}),
+        mean=model.visual.image_mean,
+        std=model.visual.image_std,
+        threads=data.threads,
+        block=data.block,
+        max_bad=data.max_bad,
+        rank=rank,
+        world=size,
+        pin=device.type == "cuda",
+    )
+
+
+def _loop(run: Run, tick: Any) -> None:
+    config = run.recipe.train
+    writer = _Metrics(run) if world()[0] == 0 else None
+    batches = iter(run.stream)
+    begun, seconds = time.monotonic(), run.seconds
+    while run.step < run.steps:
+        batch = next(batches)
+        log = train_step(run, batch.to(run.device))
+        run.step += 1
+        run.seconds = seconds + time.monotonic() - begun
+        if writer is not None:
+            writer.add(log)
+        tick(config.batch, f"loss {log['loss']:.3f}")
+        if run.step % config.save_every == 0 or run.step == run.steps:
+            if writer is not None:
+                writer.flush()
+            checkpoint.save(run.out / "checkpoints", run.step, run.state(), config.keep)
+    if writer is not None:
+        writer.close()
+
+
+def train_step(run: Run, batch: Batch) -> dict[str, float]:
+    """One optimiser step; a loss or gradient that is not finite leaves the weights as they are and is counted."""
+    config = run.recipe.train
+    peak = config.lr * schedule(run.step, run.steps, config.warmup, config.schedule, floor=config.floor)
+    set_lr(run.optimiser, peak)
+    half = config.precision == "bf16" or (config.precision == "auto" and _has_bf16(run.device))
+    with torch.autocast(run.device.type, torch.bfloat16, enabled=half), _counted(run):
+        loss, terms = run.wrapped(batch)
+        loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(run.trainee.parameters(), config.clip or float("inf"))
+    numbers = torch.stack([loss.detach().float(), norm.float(), *(t.float() for t in terms.values())])
+    if world()[1] > 1:
+        dist.all_reduce(numbers)
+        numbers /= world()[1]
+    values = numbers.tolist()
+    if math.isfinite(values[0]) and math.isfinite(values[1]):
+        run.optimiser.step()
+        run.bad_in_row = 0
+        _clamp_scale(run.trainee.model, config.max_logit_scale)
+        for objective in run.trainee.methods().values():
+            objective.after_step(run.trainee.model, run.step)
+        if isinstance(run.average, torch.optim.swa_utils.AveragedModel):
+            run.average.update_parameters(run.trainee.model)
+    else:
+        _count_bad(run, values, batch)
+    run.optimiser.zero_grad(set_to_none=True)
+    scale = getattr(run.trainee.model, "logit_scale", None)
+    log = {"loss": values[0], "grad_norm": values[1], "lr": peak} | dict(zip(terms, values[2:], strict=True))
+    if scale is not None:
+        log["logit_scale"] = float(scale.detach().exp())
+    return log
+
+
+def _count_bad(run: Run, values: list[float], batch: Batch) -> None:
+    run.bad += 1
+    run.bad_in_row += 1
+    if run.bad_in_row >= run.recipe.train.bad_steps:
+        keys = ", ".join(batch.keys[:8]) + (", …" if len(batch.keys) > 8 else "")
+        raise TrainingError(
+            f"the loss or its gradient was not finite {run.bad_in_row} steps in a row, last at step {run.step} (loss "
+            f"{values[0]}, gradient norm {values[1]}; samples {keys}). The weights are those of the last good step. "
+            "Lower train.lr, lengthen train.warmup, or look at these samples."
+        )
+
+
+def _clamp_scale(model: nn.Module, most: float) -> None:
+    scale = getattr(model, "logit_scale", None)
+    if scale is not None:
+        with torch.no_grad():
+            scale.clamp_(0, math.log(most))
+
+
+@contextmanager
+def _counted(run: Run) -> Iterator[None]:
+    """Count the FLOPs of the first step on a GPU, for MFU."""
+    if run.flops or run.device.type != "cuda" or run.recipe.train.compile:
+        yield
+        return
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        yield
+    run.flops = counter.get_total_flops()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ConfigError(f"train.device = {name!r} is not there: {e}") from e
+
+
+def _has_bf16(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+# Dense bf16 peak, FLOP/s, from the makers' data sheets; MFU is logged for these alone.
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
+
+
+class _Metrics:
+    """`metrics.jsonl` and TensorBoard: means over `log_every` steps."""
+
+    def __init__(self, run: Run) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.run, self.values, self.count = run, dict[str, float](), 0
+        self.file = open(run.out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.board = SummaryWriter(str(run.out / "tensorboard"), purge_step=run.step + 1)
+        self._mark()
+
+    def _mark(self) -> None:
+        self.begun, self.waited = time.monotonic(), self.run.stream.waited
+
+    def add(self, log: dict[str, float]) -> None:
+        for name, value in log.items():
+            self.values[name] = self.values.get(name, 0.0) + value
+        self.count += 1
+        if self.run.step % self.run.recipe.train.log_every == 0 or self.run.step == self.run.steps:
+            self.flush()
+
+    def flush(self) -> None:
+        if not self.count:
+            return
+        run, seconds = self.run, time.monotonic() - self.begun
+        batch = run.recipe.train.batch
+        row = {name: value / self.count for name, value in self.values.items()}
+        row |= {
+            "images_per_second": self.count * batch / seconds,
+            "data_wait": (run.stream.waited - self.waited) / seconds,
+            "peak_memory_gib": _peak_memory(run.device),
+            "skipped_steps": run.bad,
+        }
+        if run.flops:
+            row["tflops"] = run.flops * self.count / seconds / 1e12
+            name = torch.cuda.get_device_name(run.device)
+            peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
+            if peak:
+                row["mfu"] = row["tflops"] * 1e12 / peak
+        self.file.write(json.dumps({"step": run.step, "samples": run.step * batch, **row}) + "\n")
+        self.file.flush()
+        for name, value in row.items():
+            self.board.add_scalar(name, value, run.step)
+        self.values, self.count = {}, 0
+        self._mark()
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+        self.board.close()
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: of the GPU's allocations, or of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _cut_metrics(path: Path, step: int) -> None:
+    """Drop the lines after `step`, which a killed run wrote past its last checkpoint."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue  # half a line, cut off by a kill
+    write_atomic(path, "".join(kept).encode())

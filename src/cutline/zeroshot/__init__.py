@@ -1,0 +1,1 @@
+"""What an image–text encoder knows without labels."""

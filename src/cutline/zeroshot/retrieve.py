@@ -1,0 +1,113 @@
+"""Image–text retrieval: recall at 1, 5 and 10 both ways, with several captions a picture.
+
+A picture is found if any of its captions is among the k nearest texts; a text if its picture is among the k nearest
+pictures (big_vision's `image_text_retrieval`, and the Flickr30k/COCO protocol of CLIP). Ties count against us, so that
+a collapsed encoder scores nothing.
+"""
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cutline import towers
+from cutline.config import Config, load
+from cutline.errors import DataError
+from cutline.record import Protocol, Result
+from cutline.train.recipe import Recipe
+from cutline.zeroshot.encode import embed_pairs
+
+KS = (1, 5, 10)
+
+
+class RetrieveConfig(Config):
+    """columns: text columns that hold a picture's captions (None: every caption column of the data, or its alt text);
+    max_texts: captions used of a picture; where: a filter of the table; batch: pictures a step."""
+
+    columns: list[str] | None = None
+    max_texts: int = 5
+    where: str | None = None
+    batch: int = 64
+
+
+def recall(image: Tensor, text: Tensor, owners: Tensor, ks: tuple[int, ...] = KS, chunk: int = 1024) -> dict[str, float]:
+    """Recalls from embeddings: image (n, D), text (m, D), owners (m,) → {"i2t_r1": …, "t2i_r1": …} in 0…1.
+
+    Memory is chunk · max(n, m). Raises `DataError` for embeddings that are not finite.
+    """
+    if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
+        raise DataError("some embeddings are not finite; the model is broken, and no recall can be given.")
+    ranks_i = [_ranks(image[a : a + chunk] @ text.T, owners[None] == torch.arange(len(image))[a : a + chunk, None])
+               for a in range(0, len(image), chunk)]  # fmt: skip
+    ranks_t = [_ranks(text[a : a + chunk] @ image.T, owners[a : a + chunk, None] == torch.arange(len(image))[None])
+               for a in range(0, len(text), chunk)]  # fmt: skip
+    return {
+        f"{way}_r{k}": (torch.cat(ranks) < k).double().mean().item()
+        for way, ranks in (("i2t", ranks_i), ("t2i", ranks_t))
+        for k in ks
+    }
+
+
+def _ranks(similarity: Tensor, positive: Tensor) -> Tensor:
+    """How many negatives are at least as near as the nearest positive, for each row of `similarity`."""
+    best = similarity.masked_fill(~positive, float("-inf")).amax(1, keepdim=True)
+    return ((similarity >= best) & ~positive).sum(1)
+
+
+def chance(n: int, owners: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float]:
+    """The recalls of a random ranking: 1 − C(m−c, k) / C(m, k) for a picture with c of the m texts; k/n for a text."""
+    m, counts = len(owners), torch.bincount(owners, minlength=n).tolist()
+    out = {}
+    for k in ks:
+        out[f"i2t_r{k}"] = sum(1 - math.comb(m - c, k) / math.comb(m, k) if m >= k else 1.0 for c in counts) / n
+        out[f"t2i_r{k}"] = min(k / n, 1.0)
+    return out
+
+
+def retrieve(model: nn.Module | str, source: Any, config: RetrieveConfig, data: str = "", out: Path | None = None) -> Result:
+    """Score `model` (a model, a run directory or a tag) on every pair of `source`; writes `out/result.json`.
+
+    metrics: recalls in 0…1, `chance_…` beside them, pictures, texts, and texts truncated at the context.
+    """
+    began = time.monotonic()
+    name = model if isinstance(model, str) else "model"
+    loaded: nn.Module = towers.load(model) if isinstance(model, str) else model
+    columns = config.columns or caption_columns(source)
+    embedded = embed_pairs(loaded, source, columns, config.batch, config.max_texts)
+    metrics = recall(embedded.image, embedded.text, embedded.owners)
+    metrics |= {f"chance_{k}": v for k, v in chance(len(embedded.image), embedded.owners).items()}
+    metrics |= {"pictures": len(embedded.image), "texts": len(embedded.text), "truncated": embedded.truncated}
+    metrics |= {f"skipped: {reason}": n for reason, n in embedded.skipped.items()}
+    settings = {"columns": columns, "max_texts": config.max_texts, "where": config.where, "ks": list(KS),
+                "transform": str(towers.test_transform(loaded)), "hit": "any", "ties": "against"}  # fmt: skip
+    protocol = Protocol(
+        task="retrieve", data=data, data_fingerprint=source.fingerprint, split=config.where or "all", settings=settings,
+        encoder=name, encoder_hash=towers.weights_hash(loaded),
+    )  # fmt: skip
+    result = Result(metrics=metrics, protocol=protocol, seconds=time.monotonic() - began)
+    if out is not None:
+        result.write(out)
+    return result
+
+
+def caption_columns(source: Any) -> list[str]:
+    """The caption columns of a source: those named caption…, or else the alt text."""
+    found = [c for c in source.columns if c.startswith("caption")]
+    if not found and "alt" in source.columns:
+        found = ["alt"]
+    if not found:
+        raise DataError(f"no caption column found among {', '.join(source.columns)}; name one with columns=[NAME].")
+    return found
+
+
+def held_out(model: str, data: str) -> str | None:
+    """The filter that leaves out what `model` (a run directory) was trained on, if it trained on part of `data`."""
+    recipe = Path(model) / "recipe.yaml"
+    if not recipe.exists():
+        return None
+    trained = load(Recipe, recipe).data
+    same = trained.pairs == data or (Path(trained.pairs).exists() and Path(trained.pairs).resolve() == Path(data).resolve())
+    return f"NOT ({trained.where})" if same and trained.where else None
