@@ -1,0 +1,36 @@
+"""Small towers for laptops and for the embedded scenes, as open_clip model configs.
+
+The vocabulary embedding (49,408 rows) outweighs the rest of a small text tower; it is looked up and not multiplied, so
+it costs memory and hardly any time. A context of 40 holds 38 word pieces, more than any caption of the scenes has.
+"""
+
+from typing import Any
+
+
+def _vit(size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int) -> dict[str, Any]:
+    return {
+        "embed_dim": text_width,
+        "quick_gelu": False,
+        "vision_cfg": {
+            "image_size": size, "patch_size": patch, "width": width, "layers": layers, "head_width": 32 if width < 384 else 64,
+        },
+        "text_cfg": {
+            "context_length": 40, "vocab_size": 49408, "width": text_width, "layers": text_layers, "heads": text_width // 32,
+        },
+    }  # fmt: skip
+
+
+def _timm(name: str, size: int, text_width: int, text_layers: int) -> dict[str, Any]:
+    return {
+        **_vit(size, 16, 128, 1, text_width, text_layers),
+        "vision_cfg": {"timm_model_name": name, "timm_pool": "avg", "timm_proj": None, "image_size": size},
+        "custom_text": True,
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "vit-tiny-64": _vit(64, 8, 128, 4, 128, 3),  # 64 tokens, 0.8 M image parameters
+    "vit-tiny-112": _vit(112, 16, 192, 6, 192, 4),  # 49 tokens, 2.8 M
+    "vit-small-112": _vit(112, 8, 384, 8, 256, 6),  # 196 tokens, 14.4 M: one GPU
+    "mci0-128": _timm("fastvit_mci0", 128, 192, 4),  # MobileCLIP's smallest image tower, 11 M, stages at 4/8/16/32
+}

@@ -1,0 +1,64 @@
+"""Captions to tokens: open_clip's tokeniser of a model, trimming to the longest caption, and counting truncations."""
+
+from typing import Any, cast
+
+import open_clip
+import torch
+from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from torch import Tensor
+
+from cutline.towers.model import Model
+
+
+class Tokenizer:
+    """The tokeniser that belongs to `model`.
+
+    `tokenizer(texts)` → (M, context) int64, padded with 0 (or the tokeniser's own padding). `context`: the length;
+    `trimmable`: whether `trimmed` shortens at all (see `Model.trimmable`). Safe to call from several threads.
+    """
+
+    def __init__(self, model: Model) -> None:
+        text_cfg: dict[str, Any] = model.model_cfg.get("text_cfg", {})
+        self.context = int(text_cfg.get("context_length", 77))
+        self.trimmable = model.trimmable
+        options = text_cfg.get("tokenizer_kwargs") or {}
+        source = text_cfg.get("hf_tokenizer_name")
+        self.tokenizer: Any
+        if source:
+            mode = text_cfg.get("tokenizer_mode")
+            self.tokenizer = HFTokenizer(source, context_length=self.context, tokenizer_mode=mode, **options)
+        elif "siglip" in model.name.lower():
+            self.tokenizer = open_clip.get_tokenizer(model.name.split(":")[0], context_length=self.context)
+        else:
+            self.tokenizer = SimpleTokenizer(context_length=self.context, **options)
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        if not texts:
+            return torch.zeros(0, self.context, dtype=torch.long)
+        return cast(Tensor, self.tokenizer(texts))
+
+    def trimmed(self, tokens: Tensor) -> Tensor:
+        """`trim(tokens)` where the text tower allows it, else `tokens` as they are."""
+        return trim(tokens) if self.trimmable else tokens
+
+    def truncated(self, texts: list[str], tokens: Tensor | None = None) -> int:
+        """How many of `texts` do not fit into the context. Give their `tokens` if they are there: it is then cheap."""
+        tokens = self(texts) if tokens is None else tokens
+        full = [t for t, row in zip(texts, tokens, strict=True) if row[-1] != 0]
+        if not isinstance(self.tokenizer, SimpleTokenizer):
+            return len(full)  # a caption that just fits counts too: HF tokenisers pad and cut in one call
+        return sum(len(self.tokenizer.encode(t)) + 2 > self.context for t in full)
+
+    def save(self, folder: str) -> None:
+        """Write the files of a Hugging Face tokeniser into `folder`; open_clip's own needs none."""
+        if hasattr(self.tokenizer, "save_pretrained"):
+            self.tokenizer.save_pretrained(folder)
+
+
+def trim(tokens: Tensor, multiple: int = 8) -> Tensor:
+    """Cut (M, T) tokens after the longest text of the batch, rounded up to `multiple`; padding is 0.
+
+    By the last token that is not padding, since id 0 ("!") may also stand inside a text.
+    """
+    used = int(tokens.ne(0).any(dim=0).nonzero().max()) + 1 if tokens.any() else 1
+    return tokens[:, : -(-used // multiple) * multiple]

@@ -1,0 +1,167 @@
+"""Encoders of plain vision transformers: open_clip's own, and timm's (ViT, DeiT, EVA, SigLIP, MobileCLIP-B, …).
+
+Positional embeddings are interpolated to the grid of the input (bicubic, antialiased, in float32), the class and
+register tokens' own entries left alone. open_clip's tower takes one size only, so its embedding step is redone here;
+timm's towers can take any size once told to, and keep their values at their own size.
+
+Shapes: B pictures, h × w patches, N = h·w, P prefix tokens (class, registers), C width, D joint width.
+"""
+
+from typing import Any, cast
+
+import torch
+from timm.layers import Format, resample_abs_pos_embed
+from torch import Tensor, nn
+
+from cutline.errors import ConfigError, CutlineError
+from cutline.towers.encoder import TAPS, Encoder, joint_width, trunk_layers
+from cutline.towers.model import Model
+
+Grid = tuple[int, int]
+
+
+def even_taps(depth: int, taps: tuple[int, ...] | None) -> list[int]:
+    """Block numbers of the maps: as given, or `TAPS` evenly spaced ones that end with the last block."""
+    if taps is None:
+        return [-(-depth * (i + 1) // TAPS) - 1 for i in range(TAPS)]
+    if not taps or list(taps) != sorted(set(taps)) or taps[0] < 0 or taps[-1] >= depth:
+        raise ConfigError(f"taps {taps} must be rising block numbers from 0 to {depth - 1}.")
+    return list(taps)
+
+
+def is_plain_vit(trunk: Any) -> bool:
+    """Whether a timm model keeps one resolution through a list of blocks."""
+    info = getattr(trunk, "feature_info", None) or []
+    return hasattr(trunk, "patch_embed") and hasattr(trunk, "blocks") and len({f["reduction"] for f in info}) == 1
+
+
+class NativeViT(Encoder):
+    """open_clip's VisionTransformer, with any pooling it has (class token, average, attention)."""
+
+    def __init__(self, model: Model, taps: tuple[int, ...] | None = None) -> None:
+        super().__init__(model)
+        height, width = self.visual.patch_size
+        if height != width:
+            raise ConfigError(f"patches must be square for an Encoder, not {height}×{width}.")
+        self.patch = self.multiple = int(height)
+        self.num_layers = len(self.visual.transformer.resblocks)
+        self.taps = even_taps(self.num_layers, taps)
+        self.strides = (self.patch,) * len(self.taps)
+        self.channels = (int(self.visual.transformer.width),) * len(self.taps)
+        self.width = joint_width(self.visual)
+
+    def embed(self, x: Tensor, dropout: bool) -> tuple[Tensor, Grid]:
+        """Tokens that enter the first block, (B, 1 + N, C), and the grid; patch dropout only where asked for."""
+        v = self.visual
+        x = v.conv1(x)
+        grid = (x.shape[-2], x.shape[-1])
+        x = x.flatten(2).transpose(1, 2)
+        x = torch.cat([v.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+        positions = resample_abs_pos_embed(v.positional_embedding[None], grid, v.grid_size, num_prefix_tokens=1)
+        x = x + positions.to(x.dtype)
+        return cast(Tensor, v.ln_pre(v.patch_dropout(x) if dropout else x)), grid
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        x, grid = self.embed(x, dropout=False)
+        _, tokens = self.visual.transformer.forward_intermediates(x, indices=sorted(set(self.taps)), stop_early=True)
+        at = dict(zip(sorted(set(self.taps)), tokens, strict=True))  # towers of fewer than 4 blocks repeat a tap
+        return [_to_map(at[t][:, 1:], grid) for t in self.taps]
+
+    def _last(self, x: Tensor) -> Tensor:
+        x, grid = self.embed(x, dropout=False)
+        x = self.visual.transformer(x)[:, 1:]
+        norm = self.visual.ln_post if self.visual.attn_pool is None else self.visual.attn_pool.ln_k
+        return _to_map(norm(x), grid)
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        x, _ = self.embed(x, dropout=True)
+        x, _ = self.visual._pool(self.visual.transformer(x))
+        return cast(Tensor, x if self.visual.proj is None else x @ self.visual.proj)
+
+    def project(self, last: Tensor) -> Tensor:
+        if self.visual.attn_pool is not None:
+            raise CutlineError(f"{self.name} pools by attention: its cells have no projection of their own.")
+        if self.visual.proj is None:
+            return last
+        return (last.movedim(1, -1) @ self.visual.proj).movedim(-1, 1)
+
+    def layer_of(self, parameter_name: str) -> int:
+        name = parameter_name.removeprefix("visual.")
+        if name.startswith("transformer.resblocks."):
+            return int(name.split(".")[2]) + 1
+        stem = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
+        return 0 if name.startswith(stem) else self.num_layers
+
+
+class TimmViT(Encoder):
+    """A timm vision transformer, inside open_clip's TimmModel or alone."""
+
+    def __init__(self, model: Model, taps: tuple[int, ...] | None = None) -> None:
+        super().__init__(model)
+        trunk = self.visual.trunk
+        self.any_size = _allow_any_size(trunk)
+        self.patch = self.multiple = int(trunk.feature_info[-1]["reduction"])
+        self.depth = len(trunk.blocks)
+        self.taps = even_taps(self.depth, taps)
+        self.strides = (self.patch,) * len(self.taps)
+        self.channels = (int(trunk.embed_dim),) * len(self.taps)
+        self.width = joint_width(self.visual)
+        self._layers, self.num_layers = trunk_layers(trunk, [n for n, _ in trunk.named_parameters()])
+
+    def _tokens(self, x: Tensor, taps: list[int], norm: bool) -> dict[int, Tensor]:
+        trunk = self.visual.trunk
+        if not self.any_size and x.shape[-2:] != trunk.patch_embed.img_size:
+            size = "×".join(str(s) for s in trunk.patch_embed.img_size)
+            raise CutlineError(f"{self.name} ({type(trunk).__name__}) takes pictures of {size} only: resize them.")
+        dropout = trunk.patch_drop if isinstance(getattr(trunk, "patch_drop", None), nn.Module) else None
+        was = dropout is not None and dropout.training
+        if dropout is not None:
+            dropout.eval()  # a dense map needs every patch
+        try:
+            maps = trunk.forward_intermediates(
+                x, indices=taps, norm=norm, stop_early=True, output_fmt="NCHW", intermediates_only=True
+            )
+        finally:
+            if dropout is not None:
+                dropout.train(was)
+        return dict(zip(taps, maps, strict=True))
+
+    def _maps(self, x: Tensor) -> list[Tensor]:
+        at = self._tokens(x, sorted(set(self.taps)), norm=False)
+        return [at[t] for t in self.taps]
+
+    def _last(self, x: Tensor) -> Tensor:
+        x = self._tokens(x, [self.depth - 1], norm=True)[self.depth - 1]
+        fc_norm = getattr(self.visual.trunk, "fc_norm", None)
+        if isinstance(fc_norm, nn.Module):  # the last norm of towers that pool by averaging
+            x = fc_norm(x.movedim(1, -1)).movedim(-1, 1)
+        return x
+
+    def _pooled(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.visual(x))
+
+    def project(self, last: Tensor) -> Tensor:
+        trunk = self.visual.trunk
+        if getattr(trunk, "attn_pool", None) is not None:
+            raise CutlineError(f"{self.name} pools by attention: its cells have no projection of their own.")
+        x = trunk.head(trunk.head_drop(last.movedim(1, -1)))
+        return cast(Tensor, getattr(self.visual, "head", nn.Identity())(x).movedim(-1, 1))
+
+    def layer_of(self, parameter_name: str) -> int:
+        return self._layers.get(parameter_name.removeprefix("visual.trunk."), self.num_layers)
+
+
+def _allow_any_size(trunk: Any) -> bool:
+    """Switch a timm ViT to interpolate its positions to the input; False if it cannot (relative position biases)."""
+    if not hasattr(trunk, "dynamic_img_size"):
+        return False
+    if not trunk.dynamic_img_size:
+        trunk.dynamic_img_size = True
+        trunk.patch_embed.strict_img_size = False
+        trunk.patch_embed.flatten = False
+        trunk.patch_embed.output_fmt = Format.NHWC
+    return True
+
+
+def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
+    return tokens.transpose(1, 2).unflatten(2, grid)  # (B, N, C) → (B, C, h, w)
