@@ -39,12 +39,14 @@ class View(Config):
 class Texts:
     """Tokenised texts of one text source: tokens (M, T) and owners (M,), the row in the batch each belongs to.
 
-    paired: every row has one text and they are in order (M = B, owners = 0…B−1), on every process.
+    paired: every row has one text and they are in order (M = B, owners = 0…B−1), on every process. weight: of this
+    source in a loss that is summed over sources (rule `sum`).
     """
 
     tokens: Tensor
     owners: Tensor
     paired: bool = True
+    weight: float = 1.0
 
 
 @dataclass
@@ -67,7 +69,7 @@ class Batch:
 
         return Batch(
             {k: move(v) for k, v in self.views.items()},
-            {k: Texts(move(v.tokens), move(v.owners), v.paired) for k, v in self.texts.items()},
+            {k: Texts(move(v.tokens), move(v.owners), v.paired, v.weight) for k, v in self.texts.items()},
             {k: move(v) for k, v in self.columns.items()},
             self.keys,
         )

@@ -6,7 +6,7 @@
 With several texts of one picture (rule `all`) the image-to-text term is the mean over a picture's texts of the
 cross-entropy against them, so that a picture with many captions weighs no more than one with few, and another caption
 of the same picture is never a negative (GBC, 2407.06723, multi-positive). With rule `sum` there is one such loss per
-caption column (MobileCLIP, 2311.17049, section 3: a sum, not an average).
+caption column, times the column's weight (MobileCLIP, 2311.17049, section 3: a sum, not an average).
 
 Each process compares its own rows with the gathered columns; the mean over processes is the loss of the joined batch.
 """
@@ -31,9 +31,10 @@ class Objective(base.Objective):
         for source, texts in batch.texts.items():
             text = features.text(source)
             if texts.paired:
-                terms[source], hits = paired_loss(image, text, scale)
+                loss, hits = paired_loss(image, text, scale)
             else:
-                terms[source], hits = multi_positive_loss(image, text, texts.owners, scale)
+                loss, hits = multi_positive_loss(image, text, texts.owners, scale)
+            terms[source] = texts.weight * loss
             self.logged[f"accuracy/{source}"] = hits.detach()
         return terms
 
@@ -76,7 +77,7 @@ def multi_positive_loss(image: Tensor, text: Tensor, owners: Tensor, scale: Tens
     image_loss = per_image.sum() * size / _total(has_text.sum())
     by_text = scale * text @ gather(image).T  # (m, B)
     each_text = F.cross_entropy(by_text, owners + rank * b, reduction="none")
-    share = 1.0 / positive.sum(1).clamp(min=1)[owners]  # a picture's captions together weigh one
+    share = 1.0 / count_of.clamp(min=1).to(each_text.dtype)[owners]  # a picture's captions together weigh one
     text_loss = (each_text * share).sum() * size / _total(has_text.sum())
     best = by_image.argmax(1)
     hits = positive.gather(1, best[:, None]).squeeze(1).float().mean()

@@ -29,7 +29,7 @@ from cutline.record import write_atomic
 from cutline.train import checkpoint
 from cutline.train.optim import param_groups, schedule, set_lr
 from cutline.train.recipe import Recipe
-from cutline.train.stream import Stream, open_source
+from cutline.train.stream import Order, Stream, open_source
 
 
 class Trainee(nn.Module):
@@ -121,7 +121,8 @@ def train(recipe: Recipe, out: Path, resume: bool = False, source: Any = None, s
             _loop(run, tick)
         if world()[0] == 0:
             model = run.trainee.model if run.average is None else run.average.module
-            towers.save(model, out / "model")
+            towers.save(model, out / ".model")
+            os.replace(out / ".model", out / "model")  # there is a model when, and only when, the run is finished
     return out
 
 
@@ -144,8 +145,6 @@ def prepare(recipe: Recipe, out: Path, resume: bool, source: Any = None) -> Run:
     """Build everything, write `recipe.yaml`, and go to the newest checkpoint if `resume` says so."""
     config = recipe.train
     rank, size = world()
-    if config.batch % size:
-        raise ConfigError(f"train.batch = {config.batch} does not divide over {size} processes; choose a multiple of {size}.")
     newest = checkpoint.saved(out / "checkpoints")[-1:] if resume else []
     if not resume and (out / "recipe.yaml").exists():
         raise ConfigError(f"{out} already holds a run. Add --resume to go on with it, or choose another --out.")
@@ -182,24 +181,26 @@ def prepare(recipe: Recipe, out: Path, resume: bool, source: Any = None) -> Run:
 
 def _stream(recipe: Recipe, trainee: Trainee, model: nn.Module, source: Any, device: torch.device) -> Stream:
     data, (rank, size) = recipe.data, world()
-    methods = trainee.methods().values()
+    methods = list(trainee.methods().values())
+    if source is None:
+        source = open_source(data.pairs, data.where, data.cache)
+    texts = any(o.needs_text for o in methods)
+    preprocess = towers.preprocess_of(model)
+    tokenizer = towers.Tokenizer(model) if texts else None
     return Stream(
-        source if source is not None else open_source(data.pairs, data.where),
-        batch=recipe.train.batch,
-        size=towers.image_size(model),
-        tokenizer=towers.Tokenizer.of(model),
-        seed=recipe.seed,
+        source,
+        Order(len(source), recipe.train.batch, recipe.seed, world=size, rank=rank, block=data.block),
+        size=pixels if isinstance(pixels := preprocess["size"], int) else max(pixels),
+        mean=tuple(preprocess["mean"]),
+        std=tuple(preprocess["std"]),
         augment=data.augment,
-        text=data.text,
+        text=data.text if texts else None,
+        tokenizer=tokenizer,
+        trim=tokenizer.trimmed if tokenizer else None,
         views={name: view for o in methods for name, view in o.views().items()},
         columns=sorted({c for o in methods for c in o.columns()}),
-        mean=model.visual.image_mean,
-        std=model.visual.image_std,
         threads=data.threads,
-        block=data.block,
         max_bad=data.max_bad,
-        rank=rank,
-        world=size,
         pin=device.type == "cuda",
     )
 
@@ -207,10 +208,9 @@ def _stream(recipe: Recipe, trainee: Trainee, model: nn.Module, source: Any, dev
 def _loop(run: Run, tick: Any) -> None:
     config = run.recipe.train
     writer = _Metrics(run) if world()[0] == 0 else None
-    batches = iter(run.stream)
+    batches = run.stream.batches(until=run.steps)
     begun, seconds = time.monotonic(), run.seconds
-    while run.step < run.steps:
-        batch = next(batches)
+    for batch in batches:
         log = train_step(run, batch.to(run.device))
         run.step += 1
         run.seconds = seconds + time.monotonic() - begun

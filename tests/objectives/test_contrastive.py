@@ -1,0 +1,168 @@
+"""InfoNCE against reference values, open_clip, a plain float64 version, and two real processes."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import on_two_processes
+from torch import Tensor
+
+from cutline.objectives.base import Batch, Features, Texts
+from cutline.objectives.contrastive import Config, Objective, multi_positive_loss, paired_loss
+
+
+@pytest.mark.parametrize(
+    ("scale", "loss"), [(1, 1.3241546506), (10, 4.4084692029), (1 / 0.07, 6.1650187601), (100, 42.1038606508)]
+)
+def test_loss_equals_reference_values(vectors, scale, loss):
+    got, _ = paired_loss(vectors["image"], vectors["text"], torch.tensor(scale, dtype=torch.float64))
+    assert got.item() == pytest.approx(loss, abs=1e-9)
+
+
+def test_gradients_equal_reference_values(vectors):
+    image, text = vectors["image"].requires_grad_(), vectors["text"]
+    scale = torch.tensor(10.0, dtype=torch.float64, requires_grad=True)
+    paired_loss(image, text, scale)[0].backward()
+    assert image.grad.norm().item() == pytest.approx(8.4301595382, abs=1e-9)
+    assert scale.grad.item() == pytest.approx(0.4044089250, abs=1e-9)
+
+
+def plain_multi_positive(image: Tensor, text: Tensor, owners: list[int], scale: float) -> Tensor:
+    """The docstring's formula with loops."""
+    s = scale * image @ text.T
+    used = sorted(set(owners))
+    total = torch.zeros((), dtype=s.dtype)
+    for i in used:
+        mine = [j for j, o in enumerate(owners) if o == i]
+        others = [j for j, o in enumerate(owners) if o != i]
+        for j in mine:
+            total = total + (torch.logsumexp(s[i, [j, *others]], 0) - s[i, j]) / len(mine) / len(used)
+            total = total + (torch.logsumexp(s[:, j], 0) - s[i, j]) / len(mine) / len(used)
+    return total / 2
+
+
+@pytest.mark.parametrize("owners", [[0, 1, 2, 3], [0, 0, 1, 2, 2, 2, 3], [1, 1, 3]])
+def test_multi_positive_equals_its_formula_in_value_and_gradient(vectors, owners):
+    torch.manual_seed(0)
+    text = F.normalize(torch.randn(len(owners), 6, dtype=torch.float64), dim=1)
+    grads = []
+    for loss in (
+        lambda im, tx: multi_positive_loss(im, tx, torch.tensor(owners), torch.tensor(10.0))[0],
+        lambda im, tx: plain_multi_positive(im, tx, owners, 10.0),
+    ):
+        im, tx = vectors["image"].clone().requires_grad_(), text.clone().requires_grad_()
+        value = loss(im, tx)
+        value.backward()
+        grads.append((value.detach(), im.grad, tx.grad))
+    for ours, plain in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_multi_positive_with_one_text_each_is_the_paired_loss(vectors):
+    scale = torch.tensor(10.0, dtype=torch.float64)
+    many, _ = multi_positive_loss(vectors["image"], vectors["text"], torch.arange(4), scale)
+    assert many.item() == pytest.approx(paired_loss(vectors["image"], vectors["text"], scale)[0].item(), abs=1e-12)
+
+
+def test_collapsed_embeddings_give_log_of_the_batch():
+    same = F.normalize(torch.ones(8, 4), dim=1)
+    assert paired_loss(same, same, torch.tensor(100.0))[0].item() == pytest.approx(math.log(8), abs=1e-5)
+
+
+class Fixed(torch.nn.Module):
+    """A model that gives its inputs back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logit_scale = torch.nn.Parameter(torch.tensor(math.log(10.0), dtype=torch.float64))
+
+    def encode_image(self, x, normalize):
+        return x
+
+    def encode_text(self, x, normalize):
+        return x
+
+
+def test_sum_over_columns_weighs_each_column(vectors):
+    model = Fixed()
+    owners = torch.arange(4)
+    texts = {"alt": Texts(vectors["text"], owners, weight=1.0), "caption": Texts(vectors["teacher_text"], owners, weight=0.5)}
+    batch = Batch({"image": vectors["image"]}, texts)
+    terms = Objective(Config(), model)(batch, Features(model, batch))
+    one = paired_loss(vectors["image"], vectors["text"], torch.tensor(10.0))[0]
+    two = paired_loss(vectors["image"], vectors["teacher_text"], torch.tensor(10.0))[0]
+    assert terms["alt"].item() == pytest.approx(one.item())
+    assert terms["caption"].item() == pytest.approx(two.item() / 2)
+
+
+TWO = """
+import json, os, sys, torch, torch.distributed as dist
+from cutline.objectives.contrastive import paired_loss, multi_positive_loss
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+data = torch.load(sys.argv[1], weights_only=True)
+torch.manual_seed(0)
+net = torch.nn.Linear(6, 6, bias=False, dtype=torch.float64)
+scale = torch.nn.Parameter(torch.tensor(10.0, dtype=torch.float64))
+mine = slice(2 * rank, 2 * rank + 2)
+if sys.argv[2] == "paired":
+    loss, _ = paired_loss(net(data["image"][mine]), data["text"][mine], scale)
+else:
+    owners = data["owners"]
+    own = (owners >= 2 * rank) & (owners < 2 * rank + 2)
+    loss, _ = multi_positive_loss(net(data["image"][mine]), data["texts"][own], owners[own] - 2 * rank, scale)
+loss.backward()
+for p in (net.weight, scale):
+    dist.all_reduce(p.grad); p.grad /= 2
+print(json.dumps({"loss": loss.item(), "weight": net.weight.grad.tolist(), "scale": scale.grad.item()}))
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", ["paired", "many"])
+def test_two_processes_equal_one_on_the_joined_batch(vectors, tmp_path, kind):
+    torch.manual_seed(1)
+    owners = torch.tensor([0, 0, 0, 1, 2, 3, 3])
+    texts = F.normalize(torch.randn(7, 6, dtype=torch.float64), dim=1)
+    torch.save({**vectors, "owners": owners, "texts": texts}, tmp_path / "data.pt")
+    ranks = [json.loads(o) for o in on_two_processes(TWO, str(tmp_path / "data.pt"), kind, folder=tmp_path)]
+    torch.manual_seed(0)
+    net = torch.nn.Linear(6, 6, bias=False, dtype=torch.float64)
+    scale = torch.nn.Parameter(torch.tensor(10.0, dtype=torch.float64))
+    if kind == "paired":
+        loss, _ = paired_loss(net(vectors["image"]), vectors["text"], scale)
+    else:
+        loss, _ = multi_positive_loss(net(vectors["image"]), texts, owners, scale)
+    loss.backward()
+    assert sum(r["loss"] for r in ranks) / 2 == pytest.approx(loss.item(), rel=1e-10)
+    for r in ranks:
+        torch.testing.assert_close(torch.tensor(r["weight"], dtype=torch.float64), net.weight.grad, rtol=1e-9, atol=1e-12)
+        assert r["scale"] == pytest.approx(scale.grad.item(), rel=1e-9)
+
+
+LOCAL = """
+import sys, torch, torch.distributed as dist
+from cutline.objectives.contrastive import paired_loss
+dist.init_process_group("gloo")
+data = torch.load(sys.argv[1], weights_only=True)
+mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
+print(paired_loss(data["image"][mine], data["text"][mine], torch.tensor(10.0))[0].item())
+dist.destroy_process_group()
+"""
+
+
+def test_each_process_has_the_local_loss_of_the_reference_values(vectors, tmp_path):
+    torch.save(vectors, tmp_path / "data.pt")
+    first, second = (float(o) for o in on_two_processes(LOCAL, str(tmp_path / "data.pt"), folder=tmp_path))
+    assert first == pytest.approx(3.2941582815, abs=1e-9)
+    assert second == pytest.approx(5.5227801244, abs=1e-9)
+
+
+def test_a_batch_of_one_picture_has_no_negatives_and_a_finite_gradient():
+    image = F.normalize(torch.randn(1, 6), dim=1).requires_grad_()
+    loss, _ = multi_positive_loss(image, F.normalize(torch.randn(3, 6), dim=1), torch.zeros(3, dtype=torch.long), torch.tensor(5.0))
+    loss.backward()
+    assert loss.item() == pytest.approx(0, abs=1e-6)
+    assert torch.isfinite(image.grad).all()
