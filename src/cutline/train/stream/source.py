@@ -1,0 +1,72 @@
+"""Where rows come from: the contract of a source, how a recipe names one, and a cache for small ones."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
+
+from cutline.errors import ConfigError
+
+
+class Source(Protocol):
+    """A table of pictures. `read` is thread-safe and gives a dict per row in the order asked.
+
+    "image" is encoded bytes, an (H, W, 3) uint8 array, or None where it cannot be read (the reason is then in "error");
+    "key" is a string; a caption column gives a string, a list of strings or None.
+    """
+
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def columns(self) -> list[str]: ...
+    def __len__(self) -> int: ...
+    def read(self, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]: ...
+
+
+def open_source(spec: str, where: str | None = None) -> Source:
+    """`scenes:n=…,size=…` → the embedded scenes (no Lance needed); anything else → the Lance table of that path."""
+    if spec == "scenes" or spec.startswith("scenes:"):
+        from cutline.scenes import Scenes, parse_spec
+
+        if where is not None:
+            raise ConfigError(f"scenes have no rows to filter: drop where={where!r}, or write them to a table first.")
+        scenes: Source = Scenes(parse_spec(spec))
+        return scenes
+    from cutline.pairs import Pairs
+
+    pairs = Pairs.open(spec)
+    table: Source = pairs.where(where) if where is not None else pairs
+    return table
+
+
+def check_columns(source: Source, wanted: Iterable[str]) -> None:
+    """Raise `ConfigError` naming the first wanted column the source lacks, what there is, and what is nearest."""
+    for column in wanted:
+        if column not in source.columns:
+            near = difflib.get_close_matches(column, source.columns, n=1, cutoff=0.5)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            have = ", ".join(sorted(source.columns))
+            raise ConfigError(f"the data have no column {column!r}; they have: {have}.{hint}")
+
+
+class Cached:
+    """A source that keeps every row it has read, for small data that are costly to make (rendered scenes).
+
+    Shareable between streams. Two threads may read the same row at the same time; both get equal values.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+        self.fingerprint, self.columns = source.fingerprint, source.columns
+        self._rows: dict[int, dict[str, Any]] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
+        rows = [int(r) for r in rows]
+        wanted = set(columns)
+        missing = [r for r in dict.fromkeys(rows) if not wanted <= self._rows.get(r, {}).keys()]
+        if missing:
+            for r, values in zip(missing, self.source.read(missing, columns), strict=True):
+                self._rows[r] = {**self._rows.get(r, {}), **values}
+        return [{c: v for c, v in self._rows[r].items() if c in wanted or c == "error"} for r in rows]

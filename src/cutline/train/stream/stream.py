@@ -1,0 +1,310 @@
+"""Batches for training, as a pure function of (seed, epoch, position).
+
+Threads (not processes: decoding and resizing release the interpreter lock) take chunks of a batch: read, decode,
+augment into the batch's array, tokenise. A few batches are made ahead and handed out in order. What a batch holds
+depends on the order, the seed and the data alone, not on the number of threads or what was trained before, so a state
+is a few integers.
+
+A picture that cannot be read is replaced by another row, again a pure function, and counted by reason. When clearly
+more than `max_bad` of the pictures are broken, the stream stops with a message.
+"""
+
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from math import sqrt
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cutline.errors import ConfigError, DataError
+from cutline.objectives.base import Batch, Texts, View
+from cutline.train.stream.order import Order, Rows, key, rng
+from cutline.train.stream.source import Source, check_columns
+from cutline.train.stream.text import TextConfig, Tokenizer
+from cutline.train.stream.transforms import Augment, Normalize, Picture, min_size
+
+Channels = tuple[float, float, float]
+ATTEMPTS = 32  # replacements tried for one broken picture
+JUDGED = 100  # pictures seen before the share of broken ones is judged
+EXAMPLES = 5  # keys kept for each reason
+
+
+@dataclass
+class _Part:
+    """What a chunk of a batch gives beside its pictures."""
+
+    keys: list[str] = field(default_factory=list)
+    texts: dict[str, list[list[str]]] = field(default_factory=dict)
+    tokens: dict[str, Tensor] = field(default_factory=dict)
+    columns: dict[str, list[Any]] = field(default_factory=dict)
+    broken: list[tuple[str, str]] = field(default_factory=list)  # (reason, key)
+    truncated: int = 0  # texts
+
+
+class Stream:
+    """Iterate over `Batch`es from where the state stands, for ever (or see `batches`).
+
+    batch: samples a step over all `world` processes; this one, `rank`, gets its equal share. block: see `Order`. size,
+    mean, std: of the tower; augment: of the view "image"; views: further ones, with a crop scale of their own. text,
+    tokenizer: None for objectives without text. columns: table columns to collate into `Batch.columns`. threads: 0 does
+    everything in the caller, None takes one per core. max_bad: share of broken pictures at which to stop. pin:
+    page-locked memory, for copies to a GPU beside its work.
+
+    counts: pictures and texts given out, broken pictures (by reason, too), empty and truncated texts; examples: keys by
+    reason; waited: seconds that the caller has waited for data. Raises `ConfigError` for an unknown column or a batch
+    that is larger than the data.
+    """
+
+    def __init__(
+        self, source: Source, *, batch: int, size: int, mean: Channels, std: Channels, seed: int = 0,
+        augment: Augment | None = None, text: TextConfig | None = None, tokenizer: Tokenizer | None = None,
+        views: Mapping[str, View] | None = None, columns: Sequence[str] = (), threads: int | None = None,
+        block: int | None = None, max_bad: float = 0.01, rank: int = 0, world: int = 1, pin: bool = False,
+    ) -> None:  # fmt: skip
+        assert (text is None) == (tokenizer is None)
+        self.source, self.text, self.tokenizer = source, text, tokenizer
+        self.order = Order(len(source), batch, seed, world, rank, block)
+        self.max_bad, self.pin = max_bad, pin
+        self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        augment = augment or Augment()
+        self.views: dict[str, tuple[Augment, int, int]] = {"image": (augment, size, 1)}  # augmentation, pixels, count
+        for name, view in (views or {}).items():
+            own = augment.model_copy(update={"scale": view.scale})
+            self.views[name] = (own, view.size or size, view.count)
+        self.columns = list(columns)
+        texts = list(text.columns) if text else []
+        check_columns(source, [*texts, *self.columns])
+        self.read_columns = list(dict.fromkeys(["key", "image", *texts, *self.columns]))
+        self.normalize = Normalize(mean, std)
+        self.step = 0
+        self.waited = 0.0
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: the next step, and what the order was made from."""
+        o = self.order
+        return {
+            "step": self.step, "seed": o.seed, "n": o.n, "batch": o.batch, "block": o.block,
+            "window": o.window, "fingerprint": self.source.fingerprint,
+        }  # fmt: skip
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state` was taken; raises `ConfigError` if the data or the order are not the same."""
+        mine = self.state_dict()
+        differ = [k for k in mine if k != "step" and mine[k] != state.get(k)]
+        if differ:
+            what = "; ".join(f"{k}: {state.get(k)!r} then, {mine[k]!r} now" for k in differ)
+            raise ConfigError(
+                f"cannot resume in the middle of another order of samples ({what}). Resume with the data, seed and "
+                "batch of the first start, or begin a new run."
+            )
+        self.step = int(state["step"])
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.batches()
+
+    def batches(self, until: int | None = None) -> Iterator[Batch]:
+        """Batches from the present step up to (not with) step `until`; `self.step` is the next one when one is out."""
+        pool = ThreadPoolExecutor(self.threads, "stream") if self.threads else None
+        # Enough batches ahead that every thread has work while the caller holds one.
+        per_batch = -(-self.order.share // self._chunk)
+        ahead = 1 + -(-2 * self.threads // per_batch)
+        coming: deque[_Coming] = deque()
+        begun = self.step
+        try:
+            while until is None or self.step < until:
+                while len(coming) < ahead and (until is None or begun < until):
+                    coming.append(_Coming(self, begun, pool))
+                    begun += 1
+                start = time.perf_counter()
+                parts = coming[0].parts()
+                batch = self._collate(coming.popleft(), parts)
+                self._judge()
+                self.step += 1
+                self.waited += time.perf_counter() - start
+                yield batch
+        finally:
+            if pool is not None:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    @property
+    def _chunk(self) -> int:
+        """Samples of one task: small enough to share a batch among threads, large enough to read well."""
+        return max(1, min(32, -(-self.order.share // max(self.threads, 1))))
+
+    def _make(self, step: int, rows: Rows, start: int, out: Mapping[str, NDArray[np.float32]]) -> _Part:
+        """Fill places start… of the views with `rows` and return the rest of them."""
+        part = _Part()
+        epoch = self.order.epoch(step)
+        for at, (row, values) in enumerate(zip(rows.tolist(), self._read(rows), strict=True), start):
+            for attempt in range(ATTEMPTS + 1):
+                reason = self._picture(row, epoch, values, at, out)
+                if reason is None:
+                    break
+                part.broken.append((reason, str(values["key"])))
+                if attempt < ATTEMPTS:
+                    row = self._replacement(step, epoch, row)
+                    values = self._read([row])[0]
+            else:
+                raise self._too_many(part.broken)
+            self._words(row, epoch, values, part)
+        if self.text is not None and self.tokenizer is not None:
+            for source, lists in part.texts.items():
+                flat = [t for texts in lists for t in texts]
+                part.tokens[source] = self.tokenizer(flat)
+                part.truncated += self.tokenizer.truncated(flat, part.tokens[source])
+        return part
+
+    def _read(self, rows: Any) -> list[dict[str, Any]]:
+        return self.source.read([int(r) for r in rows], self.read_columns)
+
+    def _picture(
+        self, row: int, epoch: int, values: Mapping[str, Any], at: int, out: Mapping[str, NDArray[np.float32]]
+    ) -> str | None:
+        """Write all views of a row; returns the reason if its picture is broken."""
+        image = values["image"]
+        if image is None:
+            return str(values.get("error") or "no picture")
+        shape = image.shape[:2] if isinstance(image, np.ndarray) else _jpeg_shape(image)
+        picture: Picture | None = image if isinstance(image, np.ndarray) else None
+        if shape is None:
+            try:
+                picture = _decode(image, None)
+            except DataError as e:
+                return str(getattr(e, "reason", e))
+            shape = picture.shape[:2]
+        how = []
+        for name, (augment, size, count) in self.views.items():
+            draw = rng(self.order.seed, epoch, row, name).random
+            how += [(name, augment, size, count, c, augment.draw(shape[0], shape[1], draw)) for c in range(count)]
+        if picture is None:
+            try:
+                picture = _decode(image, max(min_size(h, size) for _, _, size, _, _, h in how))
+            except DataError as e:
+                return str(getattr(e, "reason", e))
+        for name, augment, size, count, c, h in how:
+            self.normalize(augment.apply(picture, h, size), out[name][at * count + c])
+        return None
+
+    def _words(self, row: int, epoch: int, values: Mapping[str, Any], part: _Part) -> None:
+        part.keys.append(str(values["key"]))
+        for column in self.columns:
+            part.columns.setdefault(column, []).append(values[column])
+        if self.text is not None:
+            for source, texts in self.text.choose(values, rng(self.order.seed, epoch, row, "text").random).items():
+                part.texts.setdefault(source, []).append(texts)
+
+    def _replacement(self, step: int, epoch: int, row: int) -> int:
+        """The row that stands in for a broken one: pseudo-random, and not one that the step has already."""
+        taken = set(self.order.all_rows(step).tolist())
+        for attempt in range(ATTEMPTS):
+            other = key(self.order.seed, epoch, row, attempt, "replacement") % self.order.n
+            if other not in taken:
+                return other
+        return other  # the step holds (nearly) all of the data
+
+    def _collate(self, coming: "_Coming", parts: list[_Part]) -> Batch:
+        texts: dict[str, Texts] = {}
+        for source in self.text.sources if self.text else []:
+            assert self.tokenizer is not None
+            lists = [t for p in parts for t in p.texts[source]]
+            tokens = self.tokenizer.trimmed(torch.cat([p.tokens[source] for p in parts]))
+            owners = torch.repeat_interleave(torch.tensor([len(t) for t in lists]))
+            texts[source] = Texts(self._pinned(tokens), self._pinned(owners))
+        self._count(parts)
+        columns = {c: collate([v for p in parts for v in p.columns[c]]) for c in self.columns}
+        return Batch(coming.views, texts, columns, [k for p in parts for k in p.keys])
+
+    def _pinned(self, tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if self.pin else tensor
+
+    def _count(self, parts: list[_Part]) -> None:
+        self.counts["pictures"] += self.order.share
+        for part in parts:
+            given = [t for lists in part.texts.values() for texts in lists for t in texts]
+            self.counts.update({"texts": len(given), "empty texts": given.count(""), "truncated texts": part.truncated})
+            for reason, name in part.broken:
+                self.counts.update(["broken", reason])
+                known = self.examples.setdefault(reason, [])
+                if len(known) < EXAMPLES and name not in known:
+                    known.append(name)
+
+    def _judge(self) -> None:
+        """Stop if the share of broken pictures is above `max_bad` by more than chance (three standard deviations)."""
+        seen, bad = self.counts["pictures"], self.counts["broken"]
+        allowed = self.max_bad * seen
+        if seen >= JUDGED and bad > allowed + 3 * sqrt(allowed):
+            raise self._too_many([])
+
+    def _too_many(self, more: Sequence[tuple[str, str]]) -> DataError:
+        examples = {r: list(names) for r, names in self.examples.items()}
+        for reason, name in more:
+            examples.setdefault(reason, []).append(name)
+        reasons = "; ".join(f"{r} ({', '.join(names[:EXAMPLES])})" for r, names in examples.items())
+        bad, seen = self.counts["broken"] + len(more), self.counts["pictures"] + len(more)
+        return DataError(
+            f"{bad:,} of {seen:,} pictures could not be used, more than max_bad={self.max_bad:g}: {reasons}. "
+            "`cutline pairs check` lists all of them; mend or filter the data (where), or raise max_bad."
+        )
+
+
+class _Coming:
+    """A batch in the making."""
+
+    def __init__(self, stream: Stream, step: int, pool: ThreadPoolExecutor | None) -> None:
+        rows = stream.order.rows(step)
+        self.views: dict[str, Tensor] = {
+            name: torch.empty(len(rows) * count, 3, size, size, pin_memory=stream.pin)
+            for name, (_, size, count) in stream.views.items()
+        }
+        out = {name: view.numpy() for name, view in self.views.items()}
+        starts = range(0, len(rows), stream._chunk)
+        tasks = [(step, rows[s : s + stream._chunk], s, out) for s in starts]
+        self.calls: list[Callable[[], _Part]] = [
+            pool.submit(stream._make, *task).result if pool else partial(stream._make, *task) for task in tasks
+        ]
+
+    def parts(self) -> list[_Part]:
+        return [call() for call in self.calls]
+
+
+def collate(values: list[Any]) -> Any:
+    """Numbers and equally shaped arrays → one tensor (B, …); anything else stays a list."""
+    if all(isinstance(v, (bool, int, float, np.number)) for v in values):
+        return torch.tensor(values)
+    arrays = [np.asarray(v) if isinstance(v, (list, np.ndarray)) else None for v in values]
+    first = arrays[0]
+    if first is None or first.dtype.kind not in "biuf":
+        return values
+    if any(a is None or a.shape != first.shape or a.dtype.kind not in "biuf" for a in arrays):
+        return values
+    return torch.from_numpy(np.stack([a for a in arrays if a is not None]))
+
+
+def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
+    """(height, width) of an upright JPEG without decoding it, None for anything else."""
+    import simplejpeg
+
+    from cutline.pairs.headers import jpeg_orientation
+
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    return (width, height) if jpeg_orientation(data) >= 5 else (height, width)
+
+
+def _decode(data: bytes, smallest: int | None) -> Picture:
+    from cutline.pairs.decode import decode
+
+    picture: Picture = decode(data, min_size=smallest)
+    return picture

@@ -1,0 +1,106 @@
+"""Crops and flips against torchvision, in distribution and in pixels."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as tf
+
+from cutline.train.stream.order import rng
+from cutline.train.stream.transforms import Augment, Augmentation, Normalize, box, min_size
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """Smooth colour noise: what a photo's pixels are like to a resize."""
+    coarse = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) * 255
+    fine = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic").clamp(0, 255)
+    return fine[0].permute(1, 2, 0).byte().numpy().copy()
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale"), [(100, 150, (0.1, 0.6)), (333, 50, (0.5, 1.0)), (64, 64, (0.9, 1))]
+)
+def test_crops_are_distributed_like_torchvisions(height: int, width: int, scale: tuple[float, float]) -> None:
+    augment = Augment(scale=scale, flip=0.5)
+    ours = [augment.draw(height, width, rng(0, 0, i, "image").random) for i in range(4000)]
+    torch.manual_seed(0)
+    get = v2.RandomResizedCrop(32, scale=scale).make_params
+    picture = torch.zeros(3, height, width)
+    theirs = [get([picture]) for _ in range(4000)]
+    for name in ("top", "left", "height", "width"):
+        a, b = np.array([getattr(x, name) for x in ours]), np.array([x[name] for x in theirs])
+        # Two-sample Kolmogorov–Smirnov; 0.0436 is its 0.1 % point for 4000 + 4000.
+        grid = np.unique(np.concatenate([a, b]))
+        distance = (
+            np.abs(np.searchsorted(np.sort(a), grid, "right") - np.searchsorted(np.sort(b), grid, "right")).max() / 4000
+        )
+        assert distance < 0.0436, name
+    assert np.mean([x.flip for x in ours]) == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+@pytest.mark.parametrize("size", [40, 96, 200])
+def test_pixels_equal_torchvisions_crop_and_resize(interpolation: str, size: int) -> None:
+    picture = photo(150, 210)
+    how = Augmentation(11, 23, 120, 133, (150, 210), flip=True)
+    view = Augment(interpolation=interpolation).apply(picture, how, size)
+    mode = v2.InterpolationMode(interpolation)
+    theirs = tf.resized_crop(
+        torch.from_numpy(picture).permute(2, 0, 1), 11, 23, 120, 133, [size, size], mode, antialias=True
+    )
+    assert np.abs(view.astype(int) - theirs.flip(-1).numpy().astype(int)).max() <= 1
+
+
+def test_an_augmentation_replays_to_the_bit() -> None:
+    picture, augment = photo(90, 120), Augment(scale=(0.3, 1.0), flip=0.5)
+    for i in range(20):
+        how = augment.draw(90, 120, rng(0, 1, i, "image").random)
+        stored = Augmentation(*how)
+        assert np.array_equal(augment.apply(picture, how, 48), augment.apply(picture, stored, 48))
+
+
+@pytest.mark.parametrize("factor", [2, 4])
+def test_a_picture_decoded_at_a_fraction_gives_nearly_the_same_view(factor: int) -> None:
+    picture = photo(480, 640)
+    pixels = torch.from_numpy(picture).permute(2, 0, 1).float()
+    small = torch.nn.functional.avg_pool2d(pixels, factor).permute(1, 2, 0).round().byte().numpy()
+    augment = Augment(scale=(0.3, 1.0))
+    for i in range(10):
+        how = augment.draw(480, 640, rng(0, 0, i, "image").random)
+        a, b = augment.apply(picture, how, 64).astype(int), augment.apply(small, how, 64).astype(int)
+        shifted = np.abs(a[:, 1:] - a[:, :-1]).mean()
+        assert np.abs(a - b).mean() < shifted  # less than one pixel of the view away
+
+
+def test_min_size_is_just_enough_for_the_crop() -> None:
+    for i in range(200):
+        h, w = 50 + 7 * i, 900 - 3 * i
+        how = Augment(scale=(0.05, 1.0)).draw(h, w, rng(0, 0, i, "image").random)
+        smallest = min_size(how, 64)
+        factor = smallest / min(h, w)
+        assert min(how.height, how.width) * factor >= 64 > min(how.height, how.width) * (smallest - 1) / min(h, w)
+
+
+def test_crops_stay_inside_also_of_tiny_and_extreme_pictures() -> None:
+    augment = Augment(scale=(0.01, 1.0), flip=0.5)
+    for h, w in [(1, 1), (1, 500), (500, 1), (2, 3), (3000, 7)]:
+        for i in range(30):
+            how = augment.draw(h, w, rng(0, 0, i, "image").random)
+            assert 0 <= how.top <= how.top + how.height <= h
+            assert 0 <= how.left <= how.left + how.width <= w
+            for dh, dw in [(h, w), (math.ceil(h / 8), math.ceil(w / 8))]:
+                top, left, bottom, right = box(how, dh, dw)
+                assert 0 <= top < bottom <= dh
+                assert 0 <= left < right <= dw
+            assert augment.apply(photo(h, w), how, 8).shape == (3, 8, 8)
+
+
+def test_normalisation_equals_torchvisions() -> None:
+    view = photo(32, 32).transpose(2, 0, 1)
+    mean, std = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
+    out = np.empty((3, 32, 32), np.float32)
+    Normalize(mean, std)(view, out)
+    expected = tf.normalize(torch.from_numpy(view.copy()).float() / 255, mean, std)
+    assert torch.allclose(torch.from_numpy(out), expected, atol=1e-5)
