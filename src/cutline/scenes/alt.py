@@ -52,8 +52,9 @@ def alt_text(scene: Scene, captions: list[str], mix: Mapping[str, float], seed: 
 
 def _one(dice: Dice, name: str) -> str:
     return dice.choice((
-        name, name, name.capitalize(), article(name), f"{name} - high quality photo", f"{name} image", f"photo of {name}",
-        f"{name} {dice.below(90) + 1}", f"my {name}", f"{name.title()} | Gallery", f"{name}, {dice.choice(_MONTHS)} 20{dice.below(15) + 10}",
+        name, name, name.capitalize(), article(name), f"{name} - high quality photo", f"{name} image",
+        f"photo of {name}", f"{name} {dice.below(90) + 1}", f"my {name}", f"{name.title()} | Gallery",
+        f"{name}, {dice.choice(_MONTHS)} 20{dice.below(15) + 10}",
     ))  # fmt: skip
 
 
@@ -62,7 +63,8 @@ def _shop(dice: Dice, name: str) -> str:
     return dice.choice((
         f"Buy {title} online | free shipping | {percent}% off", f"{title} - best price {dice.below(200) + 5}.99",
         f"SALE {percent}% {title} in stock order now", f"{title} wholesale supplier, ships in 24h",
-        f"Shop {title} | new arrivals {2010 + dice.below(15)}", f"{title} (pack of {dice.below(9) + 2}) customer reviews",
+        f"Shop {title} | new arrivals {2010 + dice.below(15)}",
+        f"{title} (pack of {dice.below(9) + 2}) customer reviews",
     ))  # fmt: skip
 
 
@@ -82,7 +84,8 @@ def _filename(dice: Dice) -> str:
     year, month, day = 2005 + dice.below(20), dice.below(12) + 1, dice.below(28) + 1
     return dice.choice((
         f"IMG_{number}.JPG", f"DSC0{number}", f"DSC_{number}.jpg", f"P10{number}.JPG", f"image{dice.below(40)}.png",
-        f"screenshot_{year}-{month:02d}-{day:02d}", f"{year}{month:02d}{day:02d}_{number}37.jpg", f"photo-{number}{number}",
+        f"screenshot_{year}-{month:02d}-{day:02d}", f"{year}{month:02d}{day:02d}_{number}37.jpg",
+        f"photo-{number}{number}",
         f"banner_{dice.below(12)}_final.jpg", f"thumb_{number}", f"WhatsApp Image {year}-{month:02d}-{day:02d}",
     ))  # fmt: skip
 

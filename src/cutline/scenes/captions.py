@@ -4,11 +4,12 @@ Most of a caption's information is in the objects: which of 96, how many, their 
 With six grounds and four skies in the world, a caption that always named them would let a batch be told apart without
 looking at any object, so the ground is in a fifth of the captions or so and the sky in fewer.
 
-Every scene's objects show at least 40 % of themselves (see `layout`), so all may be named and counted. A relation is
+Every scene's objects show at least half of themselves (see `layout`), so all may be named and counted. A relation is
 stated only where the geometry is clear (the margins below).
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from cutline.scenes.dice import CAPTIONS, Dice
 from cutline.scenes.layout import Item, Scene
@@ -18,6 +19,7 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 _ON = {"wooden floor": "a wooden floor", "tiles": "a tiled floor", "sand": "sand", "grass": "the grass"}
 _UNDER = {"clear": "a clear sky", "cloudy": "a cloudy sky", "sunset": "a sunset sky", "overcast": "an overcast sky"}
 APART = 1.3  # ratio of depths from which one thing is in front of another
+_LASTS = (" and ", " and ", " and ", " with ", " plus ", " along with ", " as well as ")
 LEVEL = 1.25  # ratio of depths up to which two things are side by side
 
 
@@ -45,13 +47,13 @@ def captions(scene: Scene, seed: int, index: int) -> list[str]:
     writers = (_listed, _related, _distances, _ordered, _told)
     result: list[str] = []
     for i, writer in enumerate(writers):
-        for _ in range(8):
-            text = _tidy(writer(dice, groups, _place(dice, scene, i == grounded or dice.chance(0.06))))
-            if text not in result:
+        while True:
+            text = writer(dice, groups, _place(dice, scene, i == grounded or dice.chance(0.06)))
+            if len(text.split()) < 7 and dice.chance(0.7):
+                text += _light(dice, scene)
+            if _tidy(text) not in result:
                 break
-        else:
-            text = _tidy(f"{text.rstrip('.')} under {_UNDER[SKIES[scene.sky]]}, picture {NUMBERS[i]}")
-        result.append(text)
+        result.append(_tidy(text))
     return dice.shuffled(result)
 
 
@@ -75,6 +77,17 @@ def _place(dice: Dice, scene: Scene, ground: bool) -> str:
     return where
 
 
+def _light(dice: Dice, scene: Scene) -> str:
+    """A word on the light, for captions that would be very short."""
+    red, green, blue = scene.light
+    words = ["in bright light" if green > 0.95 else "in dim light" if green < 0.82 else "in even light"]
+    if red / blue > 1.08:
+        words.append("in warm light")
+    if red / blue < 0.93:
+        words.append("in cool light")
+    return f", {dice.choice(words)}"
+
+
 def _phrase(dice: Dice, group: Group, definite: bool = False) -> str:
     """A noun phrase for all of a group: "a red car", "three pears", "two cups, one red and one blue"."""
     o, n = OBJECTS[group.kind], len(group.items)
@@ -90,10 +103,10 @@ def _phrase(dice: Dice, group: Group, definite: bool = False) -> str:
     return phrase
 
 
-def _join(dice: Dice, phrases: list[str]) -> str:
+def _join(dice: Dice, phrases: list[str], lasts: tuple[str, ...] = (" and ",)) -> str:
     if len(phrases) == 1:
         return phrases[0]
-    last = dice.choice((" and ", " and ", " and ", " with ", " plus ", " along with "))
+    last = dice.choice(lasts)
     return ", ".join(phrases[:-1]) + last + phrases[-1]
 
 
@@ -121,7 +134,7 @@ def _listed(dice: Dice, groups: list[Group], place: str) -> str:
     chosen = _some(dice, groups, 8 if "nothing" in frame else 6)
     if len(chosen) < len(groups):
         frame = frame.replace(", nothing else", "")
-    return str(frame.format(_join(dice, [_phrase(dice, g) for g in chosen]), place, be=_be(chosen[0])))
+    return str(frame.format(_join(dice, [_phrase(dice, g) for g in chosen], _LASTS), place, be=_be(chosen[0])))
 
 
 def relations(a: Group, b: Group) -> list[str]:
@@ -148,9 +161,9 @@ def relations(a: Group, b: Group) -> list[str]:
 _WORDS = {
     "left": ("to the left of", "left of", "on the left side of"),
     "right": ("to the right of", "right of", "on the right side of"),
-    "front": ("in front of", "in front of", "before"),
+    "front": ("in front of",),
     "nearer": ("closer than", "nearer than", "closer to the camera than"),
-    "behind": ("behind", "behind", "in back of"),
+    "behind": ("behind",),
     "farther": ("farther away than", "farther back than", "more distant than"),
     "beside": ("next to", "beside", "close to", "right by"),
 }
@@ -208,22 +221,24 @@ def _distances(dice: Dice, groups: list[Group], place: str) -> str:
         if frame == 1:
             return f"{a} close to the camera, {b} farther back{place}{more}"
         if frame == 2:
-            return f"{b} {_be(last)} farther off, {a} {_be(first)} nearest{place}{more}"
-        return f"{a}, {dice.choice(reach(first.items[-1].depth))}, with {b} behind at a distance{place}{more}"
+            return f"{b} {_be(last)} farther off{place}, {a} {_be(first)} nearest{more}"
+        nearest, rearmost = reach(first.items[-1].depth), reach(first.items[0].depth)
+        nearness = dice.choice(nearest) if nearest == rearmost else "in front"
+        return f"{a}, {nearness}, with {b} behind at a distance{place}{more}"
     group = dice.choice(groups)
     depths = [i.depth for i in group.items]
     rest = [g for g in groups if g is not group]
     more = f", and {_list(dice, rest)}" if rest else ""
     near, far = reach(min(depths)), reach(max(depths))
-    words = dice.choice(near) if near == far else "at various distances"
+    words = dice.choice(near) if near == far else "at different distances"
     return f"{_phrase(dice, group)}{place} {words}{more}"
 
 
 def _ordered(dice: Dice, groups: list[Group], place: str) -> str:
     """From left to right, where the objects stand apart; else what is biggest."""
     row = sorted((i for g in groups for i in g.items), key=lambda i: i.x)
-    apart = all(b.x - a.x > 0.25 * min(a.width, b.width) + 0.02 for a, b in zip(row, row[1:], strict=False))
-    if not 2 <= len(row) <= 6 or not apart:
+    apart = all(b.x - a.x > 0.25 * min(a.width, b.width) + 0.02 for a, b in pairwise(row))
+    if len(groups) < 2 or len(row) > 6 or not apart:
         return _looks(dice, groups, place)
     backwards = dice.chance(0.35)
     row = row[::-1] if backwards else row
@@ -240,17 +255,22 @@ def _ordered(dice: Dice, groups: list[Group], place: str) -> str:
     return dice.choice((f"from {way}: {listing}{place}", f"{listing}, {way}{place}", f"a row from {way} of {listing}"))
 
 
+def _area(item: Item) -> float:
+    return item.size * item.width * item.visible
+
+
 def _looks(dice: Dice, groups: list[Group], place: str) -> str:
     """How large something looks, and the rest."""
-    group = max(groups, key=lambda g: max(i.size * i.width for i in g.items))
-    item = max(group.items, key=lambda i: i.size * i.width)
+    group = max(groups, key=lambda g: max(_area(i) for i in g.items))
+    item = max(group.items, key=_area)
+    largest = all(_area(item) > 1.3 * _area(i) for g in groups for i in g.items if i is not item)
     rest = [g for g in groups if g is not group]
     more = f", with {_list(dice, rest)}" if rest else ""
     phrase = _phrase(dice, group)
-    if len(group.items) == 1 and item.size * item.width > 0.2:
+    if len(group.items) == 1 and _area(item) > 0.3:
         frame = dice.choice(("{} fills much of the picture{}{}", "{}, seen large{}{}", "a big view of {}{}{}"))
         return str(frame.format(phrase, place, more))
-    if len(group.items) == 1 and rest and dice.chance(0.6):
+    if len(group.items) == 1 and rest and largest and dice.chance(0.7):
         return f"the largest thing to be seen is {phrase}{place}{more}"
     frame = dice.choice(("you can see {}{}{}", "{}{}{}, that is all", "what you see is {}{}{}"))
     if len(groups) > 4:
@@ -272,9 +292,9 @@ def _told(dice: Dice, groups: list[Group], place: str) -> str:
         group = dice.choice(groups)
         rest = [g for g in groups if g is not group]
         return f"{_phrase(dice, group)} together with {_list(dice, rest)}{place}"
-    if frame == 3 and len(groups) > 1:
+    if frame == 3 and len(_pairs(groups)) > 2:
         return _related(dice, groups, place)
-    lead = dice.choice(("someone left", "somebody put", "we found", "look at", "I can see"))
+    lead = dice.choice(("we found", "look at", "I can see", "just", "notice"))
     return f"{lead} {listing}{place}"
 
 

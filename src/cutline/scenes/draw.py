@@ -99,8 +99,9 @@ def _floor(scene: Scene, picture: Floats, top: int, size: int) -> None:
 
 def _shadow(scene: Scene, item: Item, picture: Floats, top: int, size: int) -> None:
     """A dark contact patch and a softer one away from the light, on the ground only."""
-    for reach, wide, deep, dark in ((0.0, 0.42, 0.05, 0.55), (0.3, 0.55, 0.09, 0.3)):
-        rx, ry = wide * item.width * size, (deep * item.size * (item.y - scene.horizon) * 2.2 + 0.004) * size
+    for reach, wide, deep, dark in ((0.0, 0.42, 0.16, 0.55), (0.3, 0.55, 0.3, 0.3)):
+        rx = wide * item.width * size
+        ry = (deep * item.width * (item.y - scene.horizon) / scene.focal + 0.004) * size
         x, y = (item.x - reach * scene.sun * item.width) * size, (item.y - 0.004) * size
         x0, x1 = max(int(x - 2.2 * rx), 0), min(int(x + 2.2 * rx) + 1, size)
         y0, y1 = max(int(y - 2.2 * ry), top), min(int(y + 2.2 * ry) + 1, size)

@@ -29,7 +29,8 @@ def noise(rng: np.random.Generator, cells: int, octaves: int = 4, stretch: int =
         ny, nx = min(cells << o, TILE), max(min(cells << o, TILE) // stretch, 1)
         total += _lattice(rng.random((ny, nx)).astype(np.float32)) * np.float32(0.5**o)
     total -= total.min()
-    return total / total.max()
+    scaled: Floats = total / total.max()
+    return scaled
 
 
 def _lattice(values: Floats) -> Floats:
@@ -105,7 +106,8 @@ def texture(ground: int) -> Texture:
 def clouds() -> Floats:
     """Cover of clouds, 0 to 1, (256, 256), tileable."""
     n = noise(np.random.default_rng(5), 4, 6)[::2, ::2]
-    return np.clip((n - 0.45) * 3.2, 0, 1)
+    cover: Floats = np.clip((n - 0.45) * 3.2, 0, 1)
+    return cover
 
 
 # Sky colours: top, horizon, cloud colour, how much cloud.

@@ -19,11 +19,11 @@ from cutline.scenes.dice import LAYOUT, Dice
 from cutline.scenes.objects import GROUNDS, OBJECTS, SKIES
 from cutline.scenes.sheet import COARSE, aspects, coarse
 
-CAMERA = (0.1, 1.5)  # metres above the ground, log-uniform
-BAND = (0.45, 2.6)  # true heights of a scene's objects over the camera's height
-REACH = 8.0  # depth of the farthest object over the camera's height; 12 m at most
+CAMERA = (0.1, 2.0)  # metres above the ground
+BAND = (0.4, 2.2)  # true heights of a scene's objects over the camera's height
+REACH = 6.0  # depth of the farthest object over the camera's height; 12 m at most
 COUNTS = (0.09, 0.25, 0.27, 0.19, 0.10, 0.05, 0.03, 0.02)  # shares of scenes with 1, 2, … objects
-MIN_VISIBLE = 0.4  # every object shows this share of itself or more, so that all may be named and counted
+MIN_VISIBLE = 0.5  # every object shows this share of itself or more, so that all may be named and counted
 _GRID = 48
 
 
@@ -68,15 +68,11 @@ class Scene:
     items: tuple[Item, ...]
 
 
-@cache
-def _fitting() -> np.ndarray:
-    return np.array([o.height for o in OBJECTS])
-
-
 def layout(seed: int, index: int) -> Scene:
     """The scene number `index` of the world `seed`."""
     dice = Dice(seed, index, LAYOUT)
-    height = math.exp(dice.uniform(math.log(CAMERA[0]), math.log(CAMERA[1])))
+    anchor = dice.below(len(OBJECTS))  # drawn first and evenly, so that rare heights do not make rare objects
+    height = math.exp(dice.uniform(*_window(anchor)))
     focal, horizon = dice.uniform(0.95, 1.5), dice.uniform(0.1, 0.42)
     warmth, bright = dice.uniform(-1, 1), dice.uniform(0.72, 1.12)
     light = (bright * (1 + 0.1 * warmth), bright, bright * (1 - 0.12 * warmth))
@@ -84,30 +80,39 @@ def layout(seed: int, index: int) -> Scene:
     ground, sky = dice.below(len(GROUNDS)), dice.below(len(SKIES))
     clouds, sun = (dice.uniform(), dice.uniform()), dice.uniform(-1, 1)
     count = 1 + dice.weighted(COUNTS)
-    kinds = _choose(dice, height, count)
+    kinds = _choose(dice, anchor, height, count)
     items = _place(dice, kinds, height, focal, horizon)
     return Scene(height, focal, horizon, ground, sky, grain, clouds, light, sun, items)
 
 
-def _choose(dice: Dice, height: float, count: int) -> list[int]:
-    """Kinds of the objects: of fitting height, mostly of one or two families, some of them several times."""
-    ratio = _fitting() / height
-    fitting = np.flatnonzero((ratio >= BAND[0]) & (ratio <= BAND[1])).tolist()
+def _window(kind: int) -> tuple[float, float]:
+    """The logarithms of the camera heights that suit an object."""
+    h = OBJECTS[kind].height
+    return math.log(max(CAMERA[0], h / BAND[1])), math.log(min(CAMERA[1], h / BAND[0]))
+
+
+@cache
+def _weights() -> tuple[float, ...]:
+    """Chance of each object among those that suit a camera: the more, the fewer camera heights suit it."""
+    return tuple(1 / (high - low) for low, high in map(_window, range(len(OBJECTS))))
+
+
+def _choose(dice: Dice, anchor: int, height: float, count: int) -> list[int]:
+    """Kinds of the objects: the anchor and others of fitting height, mostly of one or two families, some repeated."""
+    fitting = [k for k, o in enumerate(OBJECTS) if BAND[0] <= o.height / height <= BAND[1]]
     theme = dice.uniform()
-    if theme < 0.7:
-        families = {OBJECTS[dice.choice(fitting)].family for _ in range(1 if theme < 0.4 else 2)}
-        themed = [k for k in fitting if OBJECTS[k].family in families]
-    else:
-        themed = fitting
+    families = {OBJECTS[anchor].family, OBJECTS[dice.choice(fitting)].family if theme > 0.4 else ""}
+    themed = [k for k in fitting if theme > 0.7 or OBJECTS[k].family in families]
     kinds: list[int] = []
-    while len(kinds) < count:
-        kind = dice.choice(themed if dice.chance(0.85) else fitting)
-        copies = 1 + dice.weighted((0.72, 0.16, 0.08, 0.04))
+    kind = anchor
+    while True:
         if kind not in kinds:
+            copies = 1 + dice.weighted((0.72, 0.16, 0.08, 0.04))
             kinds += [kind] * min(copies, count - len(kinds))
-        elif len(set(themed)) <= len(set(kinds)):
-            themed = fitting
-    return kinds
+        if len(kinds) == count:
+            return kinds
+        pool = themed if dice.chance(0.85) and len(set(themed) - set(kinds)) > 0 else fitting
+        kind = pool[dice.weighted([_weights()[k] for k in pool])]
 
 
 def _place(dice: Dice, kinds: list[int], height: float, focal: float, horizon: float) -> tuple[Item, ...]:
@@ -119,7 +124,8 @@ def _place(dice: Dice, kinds: list[int], height: float, focal: float, horizon: f
     for kind in kinds:
         ratio = OBJECTS[kind].height / height
         for _ in range(12):
-            low, high = ratio * focal / REACH, ratio * (1.02 - horizon)
+            low = ratio * focal / dice.uniform(0.6 * REACH, REACH)
+            high = ratio * (dice.uniform(0.84, 0.98) - horizon)
             wanted = math.exp(dice.uniform(math.log(0.42), math.log(0.95))) * shrink
             size = min(max(wanted, low), high, 0.85)
             wide = size * aspects()[kind]
@@ -128,7 +134,7 @@ def _place(dice: Dice, kinds: list[int], height: float, focal: float, horizon: f
             colour = paint[kind] if dice.chance(0.6) else _paint(dice, kind)
             item = Item(
                 kind, colour, x, y, size, focal * OBJECTS[kind].height / size, dice.uniform(-0.2, 0.2),
-                dice.chance(0.5), (dice.uniform(0.86, 1.1), dice.uniform(0.86, 1.1), dice.uniform(0.86, 1.1)), 1.0,
+                dice.chance(0.5), _tint(dice), 1.0,
             )  # fmt: skip
             mask, whole = _bits(item)
             seen = _seen([*items, item], [*masks, mask], [*wholes, whole])
@@ -138,6 +144,11 @@ def _place(dice: Dice, kinds: list[int], height: float, focal: float, horizon: f
     seen = _seen(items, masks, wholes)
     order = sorted(range(len(items)), key=lambda i: -items[i].depth)
     return tuple(Item(**{**items[i].__dict__, "visible": seen[i]}) for i in order)
+
+
+def _tint(dice: Dice) -> tuple[float, float, float]:
+    bright = dice.uniform(0.84, 1.1)
+    return bright * dice.uniform(0.95, 1.05), bright * dice.uniform(0.95, 1.05), bright * dice.uniform(0.95, 1.05)
 
 
 def _paint(dice: Dice, kind: int) -> str:

@@ -71,7 +71,7 @@ def sprite(kind: int, colour: str) -> Sprite:
     height, width = cell.shape[:2]
     rim = 2
     # A multiple of 16 in both directions, so that halving four times never shifts the picture by part of a pixel.
-    full: NDArray[Any] = np.zeros(tuple(-(-(n + 2 * rim) // 16) * 16 for n in (height, width)) + (4,), np.uint8)
+    full: NDArray[Any] = np.zeros((*(-(-(n + 2 * rim) // 16) * 16 for n in (height, width)), 4), np.uint8)
     full[rim : rim + height, rim : rim + width] = cell
     levels = [Image.fromarray(full, "RGBA").convert("RGBa")]
     for _ in range(4):
@@ -90,5 +90,7 @@ def _repaint(cell: NDArray[np.uint8], colour: str) -> NDArray[np.uint8]:
     turned = (_HUES[colour] + away * 0.6) % 360
     near = (np.abs(away) < 50) & (saturation > 60)
     hsv[..., 0] = np.where(near, turned, hue) * (256 / 360)
+    if colour == "green":  # full green looks far brighter than any other hue
+        hsv[..., 1:] *= np.where(near, np.float32(0.78), 1)[..., None]
     rgb = np.asarray(Image.fromarray(hsv.astype(np.uint8), "HSV").convert("RGB"))
     return np.dstack([rgb, cell[..., 3]])

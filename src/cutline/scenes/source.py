@@ -71,7 +71,7 @@ def parse_spec(spec: str) -> SceneConfig:
 
 def render(seed: int, index: int, size: int, config: SceneConfig | None = None) -> dict[str, Any]:
     """Everything about one scene: the columns of `Scenes` as a dict. `config` only gives the mix of alt texts."""
-    shares = (config or SceneConfig()).shares()
+    shares = (config or SceneConfig.model_validate({})).shares()
     return _row(seed, index, size, shares, set(COLUMNS))
 
 
