@@ -1,4 +1,4 @@
-"""Which towers a run trains: an open_clip architecture, a preset, an inline open_clip config, or a model to go on from."""
+"""Which towers a run trains: an open_clip architecture, a preset, an inline config, or a model to go on from."""
 
 from typing import Any
 
@@ -12,19 +12,19 @@ class TowerConfig(Config):
 
     model: an open_clip architecture ("ViT-B-16", "MobileCLIP-S1"), a preset of `towers.presets` ("vit-tiny-64"), or a
     model with weights: a run directory, a folder in open_clip's format, "hf-hub:ORG/NAME". custom: an open_clip model
-    config (embed_dim, vision_cfg, text_cfg, quick_gelu, …) instead of `model`. pretrained: an open_clip tag or a weights
-    file (safetensors, or a state dict that torch loads without pickle). quick_gelu: None takes what the architecture
-    says; a checkpoint that disagrees is refused. image_size, context_length: None for the architecture's own; positional
-    embeddings of the checkpoint are fitted (images: bicubic; a shorter context: cut, with equal outputs).
-    channels_last: memory format of convolution weights; faster for convolutional towers.
+    config (embed_dim, vision_cfg, text_cfg, quick_gelu, …) instead of `model`. pretrained: an open_clip tag or a
+    weights file (safetensors, or a state dict that torch loads without pickle). quick_gelu: None takes what the
+    architecture says; a checkpoint that disagrees is refused. image_size, context_length: None for the architecture's
+    own; positional embeddings of a checkpoint are fitted (images: bicubic; a shorter context: cut, with equal outputs).
+    channels_last: memory format of convolution weights; None: on for towers that are mostly convolutions.
     """
 
     model: str | None = None
     custom: dict[str, Any] | None = None
     pretrained: str | None = None
     quick_gelu: bool | None = None
-    image_size: int | None = Field(None, ge=8)
-    context_length: int | None = Field(None, ge=3)
+    image_size: int | None = Field(default=None, ge=8)
+    context_length: int | None = Field(default=None, ge=3)
     channels_last: bool | None = None
 
     @model_validator(mode="after")

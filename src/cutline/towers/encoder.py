@@ -26,8 +26,8 @@ class Encoder(nn.Module):
     """Base of the encoders; `wrap` and `towers.load_encoder` choose the right one.
 
     strides, channels: one per map of `forward`; width: of `pooled`; patch: patch size of a plain ViT, None for a
-    hierarchical tower; mean, std: of the pictures it expects; size: pixels it was trained at; num_layers: for layer-wise
-    learning-rate decay. Parameter names start with "visual.".
+    hierarchical tower; mean, std: of the pictures it expects; size: pixels it was trained at; num_layers: for
+    layer-wise learning-rate decay. Parameter names start with "visual.".
     """
 
     strides: tuple[int, ...]
@@ -40,6 +40,7 @@ class Encoder(nn.Module):
         super().__init__()
         self.visual: Any = model.visual
         self.name = model.name or type(self.visual).__name__
+        self.model_cfg: dict[str, Any] = model.model_cfg  # open_clip's, to build the tower again; {} for a timm tower
         preprocess: dict[str, Any] = model.visual.preprocess_cfg  # type: ignore[assignment]
         size = preprocess["size"]
         self.size = int(size if isinstance(size, int) else max(size))
@@ -72,8 +73,10 @@ class Encoder(nn.Module):
     # What all share.
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Normalised (B, 3, H, W) → maps (B, C_i, ceil(H / stride_i), ceil(W / stride_i)), not normalised by the tower's
-        last norm, as UPerNet and FPN heads take them."""
+        """Normalised (B, 3, H, W) → maps (B, C_i, ceil(H / stride_i), ceil(W / stride_i)).
+
+        Before the tower's last norm, as UPerNet and FPN heads take them.
+        """
         maps = self._maps(self._pad(images))
         return [_cut(m, images, s) for m, s in zip(maps, self.strides, strict=True)]
 

@@ -1,4 +1,4 @@
-"""Encoders of towers with stages: FastViT (MobileCLIP's MCi0–2), ConvNeXt, Swin and other timm models, open_clip's ResNet.
+"""Encoders of towers with stages: FastViT (MobileCLIP's MCi0–2), ConvNeXt, Swin and others of timm, OpenAI's ResNet.
 
 Maps are the stages' outputs at strides 4, 8, 16, 32. Swin's attention masks are made for the input at hand; ResNet's
 attention pooling gets its positions interpolated.
@@ -49,7 +49,7 @@ class Hierarchical(Encoder):
         return cast(Tensor, self.visual(x))
 
     def project(self, last: Tensor) -> Tensor:
-        # Each cell as a picture of one cell: average pooling then does nothing, and norms and projections are the tower's.
+        # Each cell as a picture of one cell: average pooling then does nothing; norms and projections are the tower's.
         cells = last.movedim(1, -1).flatten(0, 2)
         x = self.visual.trunk.forward_head(cells[:, None, None, :] if self._channels_last else cells[:, :, None, None])
         x = getattr(self.visual, "head", nn.Identity())(x) if x.ndim == 2 else x
@@ -83,9 +83,8 @@ class ResNetEncoder(Encoder):
         return [maps[STRIDES.index(s)] for s in self.strides]
 
     def _last(self, x: Tensor) -> Tensor:
-        return cast(
-            Tensor, self.visual.forward_intermediates(x, indices=[4], intermediates_only=True)["image_intermediates"][0]
-        )
+        output = self.visual.forward_intermediates(x, indices=[4], intermediates_only=True)
+        return cast(Tensor, output["image_intermediates"][0])
 
     def _pooled(self, x: Tensor) -> Tensor:
         x, pool = self._last(x), self.visual.attnpool

@@ -30,7 +30,7 @@ class Model(nn.Module):
     model_cfg: dict[str, Any]
     visual: nn.Module
     logit_scale: nn.Parameter
-    logit_bias: nn.Parameter | None = None
+    logit_bias: nn.Parameter | None
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
         """(B, 3, H, W) normalised pictures → (B, D)."""
@@ -48,6 +48,13 @@ class Model(nn.Module):
 
 class ClipModel(CLIP, Model):  # type: ignore[misc]
     """open_clip's CLIP (text tower at the top level)."""
+
+    context_length: int
+    transformer: Any
+    token_embedding: Any
+    positional_embedding: Any
+    attn_mask: Any
+    ln_final: Any
 
     @property
     def trimmable(self) -> bool:
@@ -114,6 +121,7 @@ class ImageModel(Model):
     def __init__(self, trunk: nn.Module) -> None:
         super().__init__()
         self.visual = ImageTower(trunk)
+        self.logit_bias = None
         self.model_cfg = {}
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:

@@ -8,16 +8,14 @@ from typing import Any
 
 
 def _vit(size: int, patch: int, width: int, layers: int, text_width: int, text_layers: int) -> dict[str, Any]:
+    vision = {"image_size": size, "patch_size": patch, "width": width, "layers": layers}
+    text = {"context_length": 40, "vocab_size": 49408, "width": text_width, "layers": text_layers}
     return {
         "embed_dim": text_width,
         "quick_gelu": False,
-        "vision_cfg": {
-            "image_size": size, "patch_size": patch, "width": width, "layers": layers, "head_width": 32 if width < 384 else 64,
-        },
-        "text_cfg": {
-            "context_length": 40, "vocab_size": 49408, "width": text_width, "layers": text_layers, "heads": text_width // 32,
-        },
-    }  # fmt: skip
+        "vision_cfg": {**vision, "head_width": 32 if width < 384 else 64},
+        "text_cfg": {**text, "heads": text_width // 32},
+    }
 
 
 def _timm(name: str, size: int, text_width: int, text_layers: int) -> dict[str, Any]:

@@ -229,8 +229,8 @@ def _create(cfg: dict[str, Any], preprocess: dict[str, Any], weights: str | None
         _shorten_context(model, context)
         text["context_length"] = context
     pp = merge_preprocess_dict(asdict(PreprocessCfg()), preprocess)
-    if config.image_size is not None or hasattr(model.visual, "image_size"):
-        pp["size"] = config.image_size or model.visual.image_size
+    size: Any = config.image_size or model.visual.image_size
+    pp["size"] = size[0] if isinstance(size, tuple) and size[0] == size[1] else size
     open_clip.set_model_preprocess_cfg(model, pp)
     model.model_cfg = cfg
     return model

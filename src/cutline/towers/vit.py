@@ -7,6 +7,8 @@ timm's towers can take any size once told to, and keep their values at their own
 Shapes: B pictures, h × w patches, N = h·w, P prefix tokens (class, registers), C width, D joint width.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -83,7 +85,7 @@ class NativeViT(Encoder):
             raise CutlineError(f"{self.name} pools by attention: its cells have no projection of their own.")
         if self.visual.proj is None:
             return last
-        return (last.movedim(1, -1) @ self.visual.proj).movedim(-1, 1)
+        return cast(Tensor, (last.movedim(1, -1) @ self.visual.proj).movedim(-1, 1))
 
     def layer_of(self, parameter_name: str) -> int:
         name = parameter_name.removeprefix("visual.")
@@ -108,22 +110,34 @@ class TimmViT(Encoder):
         self.width = joint_width(self.visual)
         self._layers, self.num_layers = trunk_layers(trunk, [n for n, _ in trunk.named_parameters()])
 
-    def _tokens(self, x: Tensor, taps: list[int], norm: bool) -> dict[int, Tensor]:
+    @contextmanager
+    def _fitted(self, x: Tensor, dense: bool) -> Iterator[Any]:
+        """The trunk, made ready for pictures of `x`'s size; a dense map also needs every patch (no patch dropout)."""
         trunk = self.visual.trunk
-        if not self.any_size and x.shape[-2:] != trunk.patch_embed.img_size:
-            size = "×".join(str(s) for s in trunk.patch_embed.img_size)
+        embed, rope = trunk.patch_embed, getattr(trunk, "rope", None)
+        dropout = getattr(trunk, "patch_drop", None) or nn.Identity()
+        if not self.any_size and tuple(x.shape[-2:]) != tuple(embed.img_size):
+            size = "×".join(str(s) for s in embed.img_size)
             raise CutlineError(f"{self.name} ({type(trunk).__name__}) takes pictures of {size} only: resize them.")
-        dropout = trunk.patch_drop if isinstance(getattr(trunk, "patch_drop", None), nn.Module) else None
-        was = dropout is not None and dropout.training
-        if dropout is not None:
-            dropout.eval()  # a dense map needs every patch
+        cached = getattr(rope, "feat_shape", None) is not None  # rotary embeddings kept for one grid
+        was = dropout.training
         try:
+            if cached and rope is not None:
+                rope.update_feat_shape(tuple(embed.dynamic_feat_size(tuple(x.shape[-2:]))))
+            if was and dense:
+                dropout.eval()
+            yield trunk
+        finally:
+            if cached and rope is not None:
+                rope.update_feat_shape(tuple(embed.grid_size))
+            if was:
+                dropout.train()
+
+    def _tokens(self, x: Tensor, taps: list[int], norm: bool) -> dict[int, Tensor]:
+        with self._fitted(x, dense=True) as trunk:
             maps = trunk.forward_intermediates(
                 x, indices=taps, norm=norm, stop_early=True, output_fmt="NCHW", intermediates_only=True
             )
-        finally:
-            if dropout is not None:
-                dropout.train(was)
         return dict(zip(taps, maps, strict=True))
 
     def _maps(self, x: Tensor) -> list[Tensor]:
@@ -132,13 +146,15 @@ class TimmViT(Encoder):
 
     def _last(self, x: Tensor) -> Tensor:
         x = self._tokens(x, [self.depth - 1], norm=True)[self.depth - 1]
-        fc_norm = getattr(self.visual.trunk, "fc_norm", None)
+        fc_norm: Any = getattr(self.visual.trunk, "fc_norm", None)
         if isinstance(fc_norm, nn.Module):  # the last norm of towers that pool by averaging
             x = fc_norm(x.movedim(1, -1)).movedim(-1, 1)
         return x
 
     def _pooled(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.visual(x))
+        with self._fitted(x, dense=False):
+            pooled: Tensor = self.visual(x)
+        return pooled
 
     def project(self, last: Tensor) -> Tensor:
         trunk = self.visual.trunk
@@ -164,4 +180,4 @@ def _allow_any_size(trunk: Any) -> bool:
 
 
 def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
-    return tokens.transpose(1, 2).unflatten(2, grid)  # (B, N, C) → (B, C, h, w)
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, *grid)  # (B, N, C) → (B, C, h, w)
