@@ -1,0 +1,114 @@
+"""What `create` left out or put right, and what `check` found: counts by reason, each with a few examples."""
+
+from typing import Any
+
+from pydantic import Field, PrivateAttr
+
+from cutline.config import Config
+from cutline.errors import DataError
+
+EXAMPLES = 5
+
+
+class Count(Config):
+    """How often, and the first few keys."""
+
+    n: int = 0
+    examples: list[str] = Field(default_factory=list)
+
+    def add(self, example: str) -> None:
+        self.n += 1
+        if len(self.examples) < EXAMPLES:
+            self.examples.append(example)
+
+
+class IngestReport(Config):
+    """Rows kept, samples skipped and values repaired by reason; stored in the table and printed by the CLI."""
+
+    out: str = ""
+    kept: int = 0
+    skipped: dict[str, Count] = Field(default_factory=dict)
+    repaired: dict[str, Count] = Field(default_factory=dict)
+    seconds: float = 0.0
+    _where: str = PrivateAttr("")  # the part being read, said with each example
+    _muted: bool = PrivateAttr(False)  # while `create` passes over samples that an earlier start has counted
+
+    def skip(self, reason: str, key: str) -> None:
+        self._count(self.skipped, reason, key)
+
+    def repair(self, reason: str, key: str) -> None:
+        self._count(self.repaired, reason, key)
+
+    def _count(self, counts: dict[str, Count], reason: str, key: str) -> None:
+        if not self._muted:
+            counts.setdefault(reason, Count()).add(f"{key} ({self._where})" if self._where else key)
+
+    def at(self, where: str, muted: bool) -> None:
+        """Name the part that the next examples are from; `muted` counts nothing until the next call."""
+        self._where, self._muted = where, muted
+
+    @property
+    def bad(self) -> int:
+        return sum(c.n for c in self.skipped.values())
+
+    def demand(self, max_bad: float) -> None:
+        """Raise `DataError` if more than the share `max_bad` of the samples was skipped."""
+        seen = self.kept + self.bad
+        if not self.bad or self.bad <= max_bad * seen:
+            return
+        raise DataError(
+            f"{self.bad:,} of {seen:,} samples ({self.bad / seen:.0%}) had to be skipped, more than the {max_bad:.0%} "
+            f"allowed: {self.reasons()}. Put the source right, or allow more with --max-bad {_step(self.bad / seen)}."
+        )
+
+    def reasons(self) -> str:
+        """The reasons of the skips, most frequent first, in one line."""
+        ranked = sorted(self.skipped.items(), key=lambda item: -item[1].n)
+        return "; ".join(f"{reason} ({c.n:,}, for example {', '.join(c.examples[:2])})" for reason, c in ranked)
+
+    def __rich__(self) -> Any:
+        rate = f", {self.kept / self.seconds:,.0f}/s" if self.seconds else ""
+        table = _table(f"{self.out}: {self.kept:,} pairs{rate}")
+        for what, counts in (("skipped", self.skipped), ("repaired", self.repaired)):
+            for reason, c in sorted(counts.items(), key=lambda item: -item[1].n):
+                table.add_row(what, reason, f"{c.n:,}", ", ".join(c.examples))
+        if not (self.skipped or self.repaired):
+            table.add_row("", "nothing was skipped or repaired", "", "")
+        return table
+
+
+class CheckReport(Config):
+    """What decoding every picture and reading every caption found. `bad` pictures cannot be used, `notes` can."""
+
+    path: str
+    pictures: int = 0
+    bad: dict[str, Count] = Field(default_factory=dict)
+    notes: dict[str, Count] = Field(default_factory=dict)
+    captions: dict[str, Count] = Field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def broken(self) -> int:
+        return sum(c.n for c in self.bad.values())
+
+    def __rich__(self) -> Any:
+        table = _table(f"{self.path}: {self.pictures:,} pictures decoded, {self.broken:,} cannot be used")
+        for what, counts in (("cannot be used", self.bad), ("note", self.notes), ("caption", self.captions)):
+            for reason, c in sorted(counts.items(), key=lambda item: -item[1].n):
+                table.add_row(what, reason, f"{c.n:,}", ", ".join(c.examples))
+        if not (self.bad or self.notes or self.captions):
+            table.add_row("", "nothing found", "", "")
+        return table
+
+
+def _table(title: str) -> Any:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in ("", "reason", "count", "examples"):
+        table.add_column(name, justify="right" if name == "count" else "left", overflow="fold")
+    return table
+
+
+def _step(share: float) -> str:
+    return f"{min(1.0, share + 0.01):.2f}"

@@ -1,0 +1,75 @@
+"""SOURCE as the user writes it → feeds of samples."""
+
+import glob
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from cutline.errors import DataError
+from cutline.pairs.samples import Feed
+from cutline.pairs.tars import TarFeed
+
+KINDS = (
+    "tar shards ('shards/{00000..00003}.tar', 'shards/*.tar'), a folder of pictures, a .csv, .tsv, .jsonl or .parquet "
+    "file, coco:ANNOTATIONS.json[,IMAGES_DIR], or hf:NAME[:SPLIT]"
+)
+
+
+def expand(pattern: str) -> list[str]:
+    """`a{1..3}{x,y}` → every combination, in order; zero-padded ranges keep their width."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    inner = match.group(1)
+    span = re.fullmatch(r"(\d+)\.\.(\d+)", inner)
+    if span:
+        low, high = span.groups()
+        width = len(low) if low.startswith("0") or len(low) == len(high) else 0
+        choices = [f"{i:0{width}d}" for i in range(int(low), int(high) + 1)]
+    elif "," in inner:
+        choices = inner.split(",")
+    else:
+        return [pattern]
+    head, tail = pattern[: match.start()], pattern[match.end() :]
+    return list(itertools.chain.from_iterable(expand(head + c + tail) for c in choices))
+
+
+def open_feeds(sources: Sequence[str | Path]) -> list[Feed]:
+    """One feed per source (several tar patterns in a row make one). Raises `DataError` for what is not there."""
+    if not sources:
+        raise DataError(f"no source was given. A source is {KINDS}.")
+    feeds: list[Feed] = []
+    shards: list[Path] = []
+    for source in map(str, sources):
+        if re.search(r"\.tar(\.\w+)?$|\.tgz$", source):
+            shards += _files(source)
+            continue
+        raise DataError(f"cannot tell what kind of source {source!r} is. A source is {KINDS}.")
+    if shards:
+        feeds.insert(0, TarFeed(shards))
+    return feeds
+
+
+def _files(pattern: str) -> list[Path]:
+    """The files a brace or glob pattern names, each existing."""
+    if "://" in pattern:
+        raise DataError(f"{pattern!r} is remote: `create` reads local files only. Mount or copy the shards first.")
+    found: list[Path] = []
+    missing: list[str] = []
+    for name in expand(pattern):
+        if Path(name).is_file():
+            found.append(Path(name))
+        elif glob.has_magic(name):
+            hits = sorted(glob.glob(name))
+            found += [Path(h) for h in hits]
+            missing += [] if hits else [name]
+        else:
+            missing.append(name)
+    if missing:
+        more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
+        raise DataError(
+            f"no such file: {', '.join(missing[:3])}{more} (from {pattern!r}; {len(found):,} others are there). "
+            "Check the path and quote the pattern, or name what there is with a glob such as '*.tar'."
+        )
+    return found
