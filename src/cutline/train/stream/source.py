@@ -68,5 +68,5 @@ class Cached:
         missing = [r for r in dict.fromkeys(rows) if not wanted <= self._rows.get(r, {}).keys()]
         if missing:
             for r, values in zip(missing, self.source.read(missing, columns), strict=True):
-                self._rows[r] = {**self._rows.get(r, {}), **values}
+                self._rows.setdefault(r, {}).update(values)  # atomic, and loses no column of another thread
         return [{c: v for c, v in self._rows[r].items() if c in wanted or c == "error"} for r in rows]

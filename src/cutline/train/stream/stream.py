@@ -53,10 +53,10 @@ class Stream:
     """Iterate over `Batch`es from where the state stands, for ever (or see `batches`).
 
     batch: samples a step over all `world` processes; this one, `rank`, gets its equal share. block: see `Order`. size,
-    mean, std: of the tower; augment: of the view "image"; views: further ones, with a crop scale of their own. text,
-    tokenizer: None for objectives without text. columns: table columns to collate into `Batch.columns`. threads: 0 does
-    everything in the caller, None takes one per core. max_bad: share of broken pictures at which to stop. pin:
-    page-locked memory, for copies to a GPU beside its work.
+    mean, std: of the tower; augment: of the view "image"; views: further ones, with a crop scale of their own and
+    without RandAugment. text, tokenizer: None for objectives without text. columns: table columns to collate into
+    `Batch.columns`. threads: 0 does everything in the caller, None takes one per core. max_bad: share of broken pictures
+    at which to stop. pin: page-locked memory, for copies to a GPU beside its work.
 
     counts: pictures and texts given out, broken pictures (by reason, too), empty and truncated texts; examples: keys by
     reason; waited: seconds that the caller has waited for data. Raises `ConfigError` for an unknown column or a batch
@@ -77,7 +77,7 @@ class Stream:
         augment = augment or Augment()
         self.views: dict[str, tuple[Augment, int, int]] = {"image": (augment, size, 1)}  # augmentation, pixels, count
         for name, view in (views or {}).items():
-            own = augment.model_copy(update={"scale": view.scale})
+            own = augment.model_copy(update={"scale": view.scale, "operations": 0})
             self.views[name] = (own, view.size or size, view.count)
         self.columns = list(columns)
         texts = list(text.columns) if text else []

@@ -37,7 +37,7 @@ class TextConfig(Config):
 
     columns: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=lambda: {"alt": 1.0}, min_length=1)
     rule: Literal["sample", "sum", "all"] = "sample"
-    max_texts: int = Field(8, ge=1)
+    max_texts: int = Field(default=8, ge=1)
 
     @property
     def sources(self) -> list[str]:

@@ -13,9 +13,11 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from pydantic import Field
 
 from cutline.config import Config
+from cutline.train.stream.randaugment import BINS, Operation, carry_out, draw_operations
 
 Picture = NDArray[np.uint8]  # (H, W, 3) when decoded, (3, S, S) as a view
 Draw = Callable[[], float]
@@ -23,7 +25,10 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Augmentation(NamedTuple):
-    """What is done to one picture. top, left, height, width: the crop, in pixels of a picture of `size` (H, W)."""
+    """What is done to one picture: crop, resize, flip, operations of RandAugment.
+
+    top, left, height, width: the crop, in pixels of a picture of `size` (H, W).
+    """
 
     top: int
     left: int
@@ -31,20 +36,28 @@ class Augmentation(NamedTuple):
     width: int
     size: tuple[int, int]
     flip: bool
+    operations: tuple[Operation, ...] = ()
 
 
 class Augment(Config):
-    """scale: range of the area kept; ratio: range of the crop's aspect; flip: probability."""
+    """scale: range of the area kept; ratio: range of the crop's aspect; flip: probability; operations, magnitude: of
+    RandAugment (0 operations: none; it is 2 and 9 of 30 in most recipes).
+    """
 
     scale: tuple[Share, Share] = (0.9, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: Annotated[float, Field(ge=0, le=1)] = 0.0
+    flip: float = Field(default=0.0, ge=0, le=1)
+    operations: int = Field(default=0, ge=0)
+    magnitude: int = Field(default=9, ge=0, le=BINS)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
 
     def draw(self, height: int, width: int, draw: Draw) -> Augmentation:
         """Draw an augmentation for a picture of height × width pixels."""
         top, left, h, w = self._crop(height, width, draw)
-        return Augmentation(top, left, h, w, (height, width), draw() < self.flip)
+        flip = draw() < self.flip
+        return Augmentation(
+            top, left, h, w, (height, width), flip, draw_operations(self.operations, self.magnitude, draw)
+        )
 
     def _crop(self, height: int, width: int, draw: Draw) -> tuple[int, int, int, int]:
         """torchvision's RandomResizedCrop.get_params: ten attempts, then the largest central crop of a valid ratio."""
@@ -63,10 +76,18 @@ class Augment(Config):
         return (height - h) // 2, (width - w) // 2, h, w
 
     def apply(self, picture: Picture, how: Augmentation, size: int) -> Picture:
-        """The view, (3, size, size) uint8. `picture` may be smaller than `how.size` (a JPEG decoded at a fraction)."""
+        """The view, (3, size, size) uint8, of a picture (H, W, 3) uint8.
+
+        `picture` may be smaller than `how.size` (a JPEG decoded at a fraction): the crop is then rounded to its pixels.
+        """
         top, left, bottom, right = box(how, picture.shape[0], picture.shape[1])
         view = resize(picture[top:bottom, left:right], size, self.interpolation)
-        return view[:, :, ::-1] if how.flip else view
+        if how.flip:
+            view = view[:, :, ::-1]
+        if how.operations:
+            image = Image.fromarray(np.ascontiguousarray(view.transpose(1, 2, 0)))
+            view = np.asarray(carry_out(image, how.operations)).transpose(2, 0, 1)
+        return view
 
 
 def box(how: Augmentation, height: int, width: int) -> tuple[int, int, int, int]:
