@@ -1,0 +1,131 @@
+"""Training batches of pictures and dense targets: random scale, crop and flip, the same for both.
+
+Batch k is a pure function of (seed, k): which samples, and how they are cut. So batches can be made ahead in threads, and
+a run can start again at any step. Pictures stay uint8 until they are on the device.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from cutline.transfer.data import Sample, Split
+
+
+@dataclass
+class Batch:
+    """images (B, 3, H, W) uint8; targets (B, H, W); keys; rows: places in the training set and flips: which are mirrored.
+
+    `rows` and `flips` say all there is to say about a batch of whole pictures (see `Batches.whole`).
+    """
+
+    images: Tensor
+    targets: Tensor
+    keys: list[str]
+    rows: Tensor
+    flips: Tensor
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How pictures are cut: crop (H, W); scale: range of the random enlargement; short: first make the short side this."""
+
+    crop: tuple[int, int]
+    scale: tuple[float, float]
+    flip: bool
+    short: int | None
+    fill: tuple[int, int, int]  # colour around a picture smaller than the crop
+    empty: int  # target there: no class, no reading
+
+
+class Batches:
+    """Batches of `size` from `rows` of `split`, for ever, by epochs without repetition."""
+
+    def __init__(self, split: Split, rows: Sequence[int], size: int, seed: int, cut: Cut, threads: int = 2) -> None:
+        self.split, self.rows, self.size, self.seed, self.cut, self.threads = (
+            split,
+            list(rows),
+            size,
+            seed,
+            cut,
+            threads,
+        )
+        shapes = {split.read(r).image.shape[:2] for r in self.rows} if _plain(cut) else set()
+        self.whole = shapes == {cut.crop}  # every batch is whole pictures, mirrored or not
+
+    def order(self, step: int) -> NDArray[np.int64]:
+        """Places in the training set of batch `step`, (size,)."""
+        n = len(self.rows)
+        places = np.arange(step * self.size, (step + 1) * self.size)
+        epochs = {e: np.random.default_rng([self.seed, 1, e]).permutation(n) for e in np.unique(places // n).tolist()}
+        return np.array([epochs[p // n][p % n] for p in places.tolist()])
+
+    def make(self, step: int) -> Batch:
+        rng = np.random.default_rng([self.seed, 2, step])
+        order = self.order(step)
+        flips = rng.random(self.size) < 0.5 if self.cut.flip else np.zeros(self.size, bool)
+        samples = [self.split.read(self.rows[i]) for i in order]
+        pairs = [cut(s, self.cut, bool(f), rng) for s, f in zip(samples, flips)]
+        images, targets = (torch.stack(part) for part in zip(*pairs))
+        return Batch(images, targets, [s.key for s in samples], torch.from_numpy(order), torch.from_numpy(flips))
+
+    def iterate(self, start: int, stop: int) -> Iterator[Batch]:
+        """Batches `start` … `stop` - 1, a few made ahead by threads."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            ahead: deque[Future[Batch]] = deque()
+            for step in range(start, stop):
+                while len(ahead) <= self.threads and step + len(ahead) < stop:
+                    ahead.append(pool.submit(self.make, step + len(ahead)))
+                yield ahead.popleft().result()
+
+
+def _plain(cut: Cut) -> bool:
+    return cut.scale == (1.0, 1.0) and cut.short is None
+
+
+def cut(sample: Sample, how: Cut, flip: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """One picture (3, h, w) uint8 and target (h, w) of `how.crop`, resized (bilinear with antialias; targets nearest)."""
+    height, width = sample.image.shape[:2]
+    factor = how.short / min(height, width) if how.short else 1.0
+    if how.scale != (1.0, 1.0):
+        factor *= rng.uniform(*how.scale)
+    full = (max(1, round(height * factor)), max(1, round(width * factor)))
+    out = (min(how.crop[0], full[0]), min(how.crop[1], full[1]))
+    # The window of the source that becomes the crop; resizing it alone is much cheaper than resizing the picture.
+    corner = [int(rng.integers(0, f - o + 1)) if f > o else 0 for f, o in zip(full, out)]
+    (top, bottom), (left, right) = (
+        (int(c / factor), min(n, max(int(c / factor) + 1, round((c + o) / factor))))
+        for c, o, n in zip(corner, out, (height, width))
+    )
+    image = torch.from_numpy(sample.image[top:bottom, left:right]).permute(2, 0, 1)
+    target = torch.from_numpy(sample.target[top:bottom, left:right])
+    if image.shape[1:] != out:
+        image = resize_image(image, out)
+        target = F.interpolate(target[None, None].float(), out, mode="nearest-exact")[0, 0].to(target.dtype)
+    if flip:
+        image, target = image.flip(2), target.flip(1)
+    if out == how.crop:
+        return image, target
+    picture = torch.tensor(how.fill, dtype=torch.uint8)[:, None, None].repeat(1, *how.crop)
+    labels = torch.full(how.crop, how.empty, dtype=target.dtype)
+    picture[:, : out[0], : out[1]] = image
+    labels[: out[0], : out[1]] = target
+    return picture, labels
+
+
+def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (3, H, W) to `size`."""
+    resized = F.interpolate(image[None].float(), size, mode="bilinear", antialias=True, align_corners=False)[0]
+    return resized.round().clamp(0, 255).to(torch.uint8)
+
+
+def stack_images(images: Sequence[NDArray[Any]]) -> Tensor:
+    """Equal-sized (H, W, 3) uint8 pictures to (B, 3, H, W) uint8."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()

@@ -1,0 +1,157 @@
+"""Dense data: pictures with a class map or a depth map, read from a SPEC `kind:path[,option=value…]`.
+
+    camvid:PATH                    {train,val}/{images,masks}, index PNG, classes.txt; the class "unlabelled" does not count
+    folder:PATH[,ignore=0+255][,scale=0.001]   {train,val[,test]}/{images,masks|depth}, see `folder`
+    scenes:n=1000,size=64,seed=1   the embedded world; train, val and test are different worlds, see `scenes`
+
+A kind is one module with `open(rest, task) -> DenseData`. Pictures are decoded when first needed and kept while they
+fit in `CACHE_BYTES`. One that cannot be used (broken, no mask, wrong size, labels out of range) raises `Skip`; `usable`
+counts and reports those, and stops above `SKIP_SHARE`.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cutline.errors import DataError
+from cutline.progress import progress
+
+Task = Literal["segment", "depth"]
+KINDS = ("camvid", "folder", "scenes")
+CACHE_BYTES = 4 << 30  # decoded pictures of one split kept in memory
+SKIP_SHARE = 0.1
+
+
+class Skip(DataError):
+    """A picture that cannot be used: `reason` to count by, and the whole message."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+@dataclass
+class Sample:
+    """image (H, W, 3) uint8; target (H, W), int16 class ids with `metrics.IGNORE`, or float32 metres with 0 = no reading."""
+
+    key: str
+    image: NDArray[np.uint8]
+    target: NDArray[Any]
+
+
+class Split:
+    """One part of a data set: a list of keys and a function that reads the i-th sample or raises `Skip`."""
+
+    def __init__(self, name: str, keys: Sequence[str], read: Callable[[int], Sample]) -> None:
+        self.name, self.keys = name, list(keys)
+        self._read = read
+        self._cache: dict[int, Sample] = {}
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def read(self, row: int) -> Sample:
+        """The sample, from memory if it is there; raises `Skip`. Thread-safe."""
+        if (cached := self._cache.get(row)) is not None:
+            return cached
+        sample = self._read(row)
+        size = sample.image.nbytes + sample.target.nbytes
+        with self._lock:
+            if self._bytes + size <= CACHE_BYTES and row not in self._cache:
+                self._cache[row] = sample
+                self._bytes += size
+        return sample
+
+    def usable(self, rows: Sequence[int]) -> tuple[list[int], Counter[str]]:
+        """Those of `rows` that can be read, in order, and the others counted by reason (and told on stderr).
+
+        Raises `DataError` when more than `SKIP_SHARE` of them cannot be used.
+        """
+
+        def attempt(row: int) -> Skip | None:
+            try:
+                self.read(row)
+            except Skip as e:
+                return e
+            return None
+
+        with (
+            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
+            progress(f"reading {self.name}", len(rows), "pictures") as tick,
+        ):
+            problems: list[Skip | None] = []
+            for problem in pool.map(attempt, rows):
+                problems.append(problem)
+                tick()
+        bad = [p for p in problems if p is not None]
+        counts = Counter(p.reason for p in bad)
+        if bad:
+            reasons = ", ".join(f"{n} × {reason}" for reason, n in counts.most_common())
+            examples = "\n  ".join(str(p) for p in bad[:3])
+            message = f"{self.name}: {len(bad)} of {len(rows)} pictures skipped ({reasons}). For example:\n  {examples}"
+            if len(bad) > SKIP_SHARE * len(rows):
+                raise DataError(f"{message}\nMore than {SKIP_SHARE:.0%} is too many: put the data right.")
+            print(message, file=sys.stderr)
+        return [row for row, problem in zip(rows, problems, strict=True) if problem is None], counts
+
+
+@dataclass
+class DenseData:
+    """A data set of one task.
+
+    splits: "train", "val" and perhaps "test"; classes: names by id, empty for depth; fingerprint: of the contents of
+    all splits; default_pictures: how many are scored when the config does not say (None: all of them).
+    """
+
+    task: Task
+    spec: str
+    splits: dict[str, Split]
+    classes: list[str]
+    fingerprint: str
+    default_pictures: int | None = None
+    notes: dict[str, Any] = field(default_factory=dict)  # options that change targets, for the protocol
+
+    def split(self, name: str) -> Split:
+        if name not in self.splits:
+            raise DataError(f"{self.spec} has no split {name!r}; it has {', '.join(self.splits)}.")
+        return self.splits[name]
+
+
+def open_data(spec: str | DenseData, task: Task) -> DenseData:
+    """Open a SPEC; raises `DataError` for an unknown kind or data that are not laid out as the kind wants."""
+    if isinstance(spec, DenseData):
+        if spec.task != task:
+            raise DataError(f"{spec.spec} was opened for {spec.task}: open it with open_data(spec, {task!r}).")
+        return spec
+    kind, colon, rest = spec.partition(":")
+    if not colon or kind not in KINDS:
+        near = difflib.get_close_matches(kind, KINDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"known kinds: {', '.join(KINDS)}."
+        raise DataError(f"data {spec!r} is not of the form kind:path with a known kind: {hint}")
+    data: DenseData = importlib.import_module(f"cutline.transfer.{kind}").open(rest, task)
+    return data
+
+
+def labelled(count: int, labels: int | float | None, seed: int) -> list[int]:
+    """The rows whose labels are used: the first of a permutation of `count` by `seed`, so that subsets are nested.
+
+    labels: a number of pictures, a share below 1, or None for all. Every arm with the same seed gets the same rows.
+    """
+    if labels is None:
+        return list(range(count))
+    wanted = max(1, round(labels * count)) if isinstance(labels, float) else labels
+    if wanted > count:
+        raise DataError(f"labels={labels} asks for more pictures than the {count} there are. Ask for fewer.")
+    return sorted(np.random.default_rng([seed, 0x1ABE15]).permutation(count)[:wanted].tolist())

@@ -1,0 +1,178 @@
+"""Monocular depth in metres: fine-tune an encoder with the deconvolution head of the MIM protocol, or a linear probe.
+
+model = fit("runs/mine", "folder:rooms", DepthConfig(max_depth=10))
+metres = model.predict(images)                   # a list of (H, W) float32
+result = score(model, "folder:rooms", model.config)
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from cutline.errors import DataError
+from cutline.record import Result
+from cutline.transfer import finetune as shared
+from cutline.transfer import heads, pyramid
+from cutline.transfer.data import DenseData, open_data
+from cutline.transfer.finetune import DenseConfig, Prepared, finetune, look, protocol, scored_rows, seeded
+from cutline.transfer.metrics import DepthErrors
+from cutline.transfer.model import Dense, by_shape
+from cutline.transfer.store import save
+
+CROPS = {  # name → (picture's height and width or None for any, rows and columns that count, as shares or pixels)
+    "eigen": "NYUv2: rows 45 to 471 and columns 41 to 601 of 480x640 pictures",
+    "garg": "KITTI: rows 0.40810811 to 0.99189189 and columns 0.03594771 to 0.96405229 of the picture",
+}
+
+
+class DepthConfig(DenseConfig):
+    """Options of depth; the defaults suit a data set of hundreds of pictures.
+
+    max_depth, min_depth: metres; readings outside do not count in training or test, and predictions are kept inside. eval_crop: part
+    of the picture that counts: "eigen" (NYUv2, 480x640) or "garg" (KITTI). deconvolutions, filters: of the deconv head;
+    bins: of the linear head. variance: λ of the loss.
+
+    The MIM protocol (NYUv2; 2205.13543 and SwinTransformer/MIM-Depth-Estimation): head=deconv deconvolutions=3 filters=32
+    channels=128 batch=24 steps=25 epochs lr=5e-4 weight_decay=0.05 layer_decay=0.9 drop_path=0.3 crop=480 max_depth=10 eval_crop=eigen
+    test_flip=true schedule=poly power=0.9 (and warm-up over the first half). DINOv2's probe: head=linear frozen=true bins=256
+    lr=3e-4 weight_decay=1e-4 steps=38400 batch=16 crop=[416,544] test_flip=true.
+    """
+
+    head: Literal["deconv", "linear"] = "deconv"
+    lr: float = Field(5e-4, gt=0)
+    layer_decay: float = Field(0.9, gt=0, le=1)
+    max_depth: float = Field(10.0, gt=0)
+    min_depth: float = Field(1e-3, gt=0)
+    eval_crop: Literal["none", "eigen", "garg"] = "none"
+    deconvolutions: int = Field(3, ge=0, le=5)
+    filters: int = Field(32, ge=1)
+    bins: int = Field(256, ge=2)
+    variance: float = Field(0.5, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _range(self) -> "DepthConfig":
+        if self.min_depth >= self.max_depth:
+            raise ValueError(f"min_depth {self.min_depth} must be below max_depth {self.max_depth}")
+        return self
+
+
+class DepthEstimator(Dense):
+    """Depth (B, 1, H, W) in metres of normalised pictures (B, 3, H, W)."""
+
+    def __init__(self, encoder: Any, config: DepthConfig) -> None:
+        width, stride = encoder.channels[-1], encoder.strides[-1]
+        head: torch.nn.Module
+        if config.head == "linear":
+            head = heads.BinsHead(width, config.bins, config.min_depth, config.max_depth)
+        else:
+            channels = config.channels or shared.default_channels(width)
+            head = heads.DeconvHead(width, channels, config.filters, config.deconvolutions, stride, config.max_depth)
+        super().__init__(encoder, pyramid.LastMap(encoder.strides, encoder.channels), head, config.frozen)
+        self.config = config
+
+    def predict(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """Metres (H, W) of each uint8 (H, W, 3) picture, looked at as the config says."""
+        self.eval()
+        view, found = look(self.config), []
+        for batch, _ in by_shape(((i, None) for i in images), self.config.batch):
+            found += list(self.clamp(view(self, batch))[:, 0].cpu().numpy())
+        return found
+
+    def clamp(self, depth: Tensor) -> Tensor:
+        return depth.clamp(self.config.min_depth, self.config.max_depth)
+
+
+def silog(predicted: Tensor, truth: Tensor, valid: Tensor, variance: float = 0.5) -> Tensor:
+    """sqrt(mean d² - variance · (mean d)²), d = log predicted - log truth over valid pixels (1406.2283); 0 if there are none."""
+    if not valid.any():
+        return predicted.sum() * 0
+    d = predicted[valid].log() - truth[valid].log()
+    # The floor keeps the root's gradient finite at a perfect fit.
+    return (d.square().mean() - variance * d.mean().square()).clamp_min(1e-12).sqrt()
+
+
+def fit(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | None = None) -> DepthEstimator:
+    """Train a depth estimator on a copy of `encoder` (an `Encoder`, or what `load_encoder` takes); raises `CutlineError`s.
+
+    The model's `config` has every open choice filled in.
+    """
+    encoder = shared.encoder_of(encoder)
+    opened = open_data(data, "depth")
+    prepared = Prepared(config, opened, max(encoder.channels))
+    resolved: DepthConfig = prepared.config
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        valid = (target > resolved.min_depth) & (target < resolved.max_depth)
+        return silog(output[:, 0].clamp_min(1e-6), target, valid, resolved.variance)
+
+    with seeded(config):
+        model = DepthEstimator(encoder, resolved)
+        finetune(model, prepared, loss, 0, out)
+    model.labels, model.skipped = len(prepared.rows), sum(prepared.skipped.values())
+    return model
+
+
+def counted(truth: Tensor, config: DepthConfig) -> Tensor:
+    """Pixels (H, W) that count: with a reading between min_depth and max_depth, inside the crop."""
+    valid = (truth > config.min_depth) & (truth < config.max_depth)
+    if config.eval_crop == "none":
+        return valid
+    h, w = truth.shape
+    if config.eval_crop == "eigen":
+        if (h, w) != (480, 640):
+            raise DataError(f"eval_crop=eigen is for NYUv2's 480x640 pictures, and these are {h}x{w}. Use none.")
+        box = (45, 471, 41, 601)
+    else:
+        box = (int(0.40810811 * h), int(0.99189189 * h), int(0.03594771 * w), int(0.96405229 * w))
+    inside = torch.zeros_like(valid)
+    inside[box[0] : box[1], box[2] : box[3]] = True
+    return valid & inside
+
+
+def score(model: DepthEstimator, data: str | DenseData, config: DepthConfig | None = None) -> Result:
+    """The errors of `metrics.depth_errors` on the config's split, each picture's own, then their mean."""
+    begun = time.monotonic()
+    config = config or model.config
+    opened = open_data(data, "depth")
+    split, rows, skipped = scored_rows(config, opened)
+    device, view, errors = next(model.parameters()).device, look(config), DepthErrors()
+    model.eval()
+    samples = (split.read(r) for r in rows)
+    for images, targets in by_shape(((s.image, s.target) for s in samples), config.batch):
+        for predicted, target in zip(model.clamp(view(model, images))[:, 0], targets):
+            truth = torch.from_numpy(target).to(device)
+            errors.update(predicted, truth, counted(truth, config))
+    if not errors.pictures:
+        raise DataError(
+            f"no picture of {opened.spec} has a reading between {config.min_depth} and {config.max_depth} m: "
+            "set max_depth, or the data's scale."
+        )
+    counts = {"scored": errors.pictures, "skipped": skipped, "trained": model.labels, "trained_skipped": model.skipped}
+    return Result(
+        metrics=errors.scores(),
+        protocol=protocol("depth", config, opened, model, counts, average="pictures", alignment="none"),
+        seconds=time.monotonic() - begun,
+    )
+
+
+def depth(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | None = None) -> Result:
+    """`fit`, then `score`; with `out`, write there result.json, the model, metrics.jsonl and a grid of predictions."""
+    begun = time.monotonic()
+    opened = open_data(data, "depth")
+    model = fit(encoder, opened, config, out)
+    result = score(model, opened).model_copy(update={"seconds": time.monotonic() - begun})
+    if out is not None:
+        from cutline.transfer.draw import depth_grid
+
+        samples = shared.shown(model.config, opened)
+        depth_grid(out / "samples.png", samples, model.predict([s.image for s in samples]), model.config.max_depth)
+        save(model, out / "model")
+        result.write(out)
+    return result

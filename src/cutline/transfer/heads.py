@@ -1,0 +1,121 @@
+"""Heads: from pyramid levels to logits or depth, at the resolution the head works at.
+
+UPerNet and Semantic FPN are segmentation-models-pytorch's decoders; they want exact halving between levels, which the
+pyramids give. The deconvolution head is MIM-Depth-Estimation's, the linear heads are DINOv2's.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cutline.errors import ConfigError
+
+
+class UPerHead(nn.Module):
+    """UPerNet (1807.10221): pyramid pooling on the coarsest level, FPN, fusion, dropout, 1x1.
+
+    channels: of the decoder; 512 in mmsegmentation's base config, 768 in MAE's ViT-B recipe.
+    """
+
+    def __init__(self, widths: Sequence[int], channels: int, classes: int) -> None:
+        super().__init__()
+        from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+
+        self.decoder = UPerNetDecoder([0, 0, *widths], encoder_depth=len(widths) + 1, decoder_channels=channels)
+        self.dropout = nn.Dropout2d(0.1)
+        self.classifier = nn.Conv2d(channels, classes, 1)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        out: Tensor = self.classifier(self.dropout(self.decoder([None, None, *levels])))
+        return out
+
+
+class FPNHead(nn.Module):
+    """Semantic FPN (1901.02446), the head of the mobile protocol: 256 lateral and 128 segmentation channels there."""
+
+    def __init__(self, widths: Sequence[int], channels: int, classes: int) -> None:
+        super().__init__()
+        from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+
+        if channels % 64:
+            raise ConfigError(f"head=fpn needs channels in multiples of 64 (group norm of 32 groups), not {channels}.")
+        self.decoder = FPNDecoder(
+            list(widths), pyramid_channels=channels, segmentation_channels=channels // 2, dropout=0.1
+        )
+        self.classifier = nn.Conv2d(channels // 2, classes, 1)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        out: Tensor = self.classifier(self.decoder(list(levels)))
+        return out
+
+
+class LinearHead(nn.Module):
+    """Batch norm and a 1x1 convolution on the last map (DINOv2's linear segmentation probe, 2304.07193)."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width)
+        self.classifier = nn.Conv2d(width, classes, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        out: Tensor = self.classifier(self.norm(levels[-1]))
+        return out
+
+
+class DeconvHead(nn.Module):
+    """The depth head of the MIM protocol (2205.13543): deconvolutions, 3x3, two bilinear doublings, 3x3, 3x3, sigmoid.
+
+    Three deconvolutions of 32 filters there, from stride 32. From a finer stride the doublings become one bilinear step
+    to the picture's own resolution, down or up. Output (B, 1, H, W) in metres, in (0, max_depth).
+    """
+
+    def __init__(
+        self, width: int, channels: int, filters: int, deconvolutions: int, stride: int, max_depth: float
+    ) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(deconvolutions):
+            layers += [nn.ConvTranspose2d(width, filters, 2, stride=2, bias=False), nn.BatchNorm2d(filters), nn.ReLU()]
+            width = filters
+        layers += [nn.Conv2d(width, channels, 3, padding=1), nn.BatchNorm2d(channels), nn.ReLU()]
+        self.up = nn.Sequential(*layers)
+        self.last = nn.Sequential(
+            nn.Conv2d(channels, channels, 3, padding=1), nn.ReLU(), nn.Conv2d(channels, 1, 3, padding=1)
+        )
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
+                nn.init.normal_(m.weight, std=0.001)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+        self.stride, self.max_depth = stride, max_depth
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        x = levels[-1]
+        size = (x.shape[2] * self.stride, x.shape[3] * self.stride)
+        x = F.interpolate(self.up(x), size=size, mode="bilinear", align_corners=False)
+        return self.max_depth * torch.sigmoid(self.last(x).float())
+
+
+class BinsHead(nn.Module):
+    """DINOv2's linear depth probe (2304.07193): batch norm and a 1x1 to `bins` depths spaced evenly over the range.
+
+    Depth is the mean of the bins' centres weighted by relu(logit) + 0.1, normalised. Output (B, 1, h, w) in metres.
+    """
+
+    centres: Tensor
+
+    def __init__(self, width: int, bins: int, min_depth: float, max_depth: float) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(width)
+        self.classifier = nn.Conv2d(width, bins, 1)
+        nn.init.normal_(self.classifier.weight, std=0.01)
+        nn.init.zeros_(self.classifier.bias)
+        self.register_buffer("centres", torch.linspace(min_depth, max_depth, bins))
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        weights = F.relu(self.classifier(self.norm(levels[-1])).float()) + 0.1
+        return torch.einsum("bkhw,k->bhw", weights / weights.sum(1, keepdim=True), self.centres)[:, None]

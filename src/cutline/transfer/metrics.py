@@ -1,0 +1,83 @@
+"""Scores of dense predictions, gathered picture by picture in constant memory.
+
+`Confusion` gives IoU, accuracy and their means over the whole set (one confusion matrix). `DepthErrors` gives the usual
+depth figures per picture and averages them over pictures, as the MIM protocol does (2205.13543); averaging over pixels
+instead gives other numbers, so the protocol of a result says which was used.
+"""
+
+import torch
+from torch import Tensor
+
+IGNORE = -1  # the label of pixels that do not count, in every target of this package
+
+
+class Confusion:
+    """Confusion matrix of `classes` classes: rows truth, columns prediction; pixels of truth `IGNORE` do not count."""
+
+    def __init__(self, classes: int) -> None:
+        self.classes = classes
+        self.matrix = torch.zeros(classes, classes, dtype=torch.int64)
+
+    def update(self, predicted: Tensor, truth: Tensor) -> None:
+        """Add pixels; two integer tensors of one shape, truth in [0, classes) or `IGNORE`."""
+        keep = truth != IGNORE
+        index = truth[keep].long() * self.classes + predicted[keep].long()
+        counts = torch.bincount(index, minlength=self.classes**2)
+        self.matrix += counts.reshape(self.classes, self.classes).cpu()
+
+    def iou(self) -> Tensor:
+        """Intersection over union by class (classes,), NaN for a class neither in the truth nor predicted."""
+        hits = self.matrix.diag().double()
+        return hits / (self.matrix.sum(0) + self.matrix.sum(1) - hits)
+
+    def scores(self) -> dict[str, float]:
+        """miou over classes in truth or prediction, macc over classes in the truth, and pixel accuracy; shares of 1."""
+        hits, truth = self.matrix.diag().double(), self.matrix.sum(1)
+        return {
+            "miou": self.iou().nanmean().item(),
+            "macc": (hits / truth)[truth > 0].mean().item(),
+            "accuracy": (hits.sum() / truth.sum()).item(),
+        }
+
+
+def depth_errors(predicted: Tensor, truth: Tensor) -> dict[str, float]:
+    """Errors of one picture's valid pixels, two positive 1-d tensors in metres.
+
+    rmse in metres, absrel = mean |p - t| / t, sqrel = mean (p - t)² / t, rmse_log and log10 of the logarithms,
+    deltak = share of pixels with max(p / t, t / p) < 1.25^k, silog = 100 · standard deviation of log p - log t
+    (Eigen et al., 1406.2283).
+    """
+    p, t = predicted.double(), truth.double()
+    ratio = torch.maximum(p / t, t / p)
+    log = p.log() - t.log()
+    errors = {
+        "rmse": (p - t).square().mean().sqrt(),
+        "absrel": ((p - t).abs() / t).mean(),
+        "sqrel": ((p - t).square() / t).mean(),
+        "rmse_log": log.square().mean().sqrt(),
+        "log10": (p.log10() - t.log10()).abs().mean(),
+        "silog": 100 * (log.square().mean() - log.mean().square()).clamp_min(0).sqrt(),
+        "delta1": (ratio < 1.25).double().mean(),
+        "delta2": (ratio < 1.25**2).double().mean(),
+        "delta3": (ratio < 1.25**3).double().mean(),
+    }
+    return {k: v.item() for k, v in errors.items()}
+
+
+class DepthErrors:
+    """Mean over pictures of `depth_errors`; pictures without a single valid pixel do not count."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+        self.pictures = 0
+
+    def update(self, predicted: Tensor, truth: Tensor, valid: Tensor) -> None:
+        """Add one picture: prediction and truth (H, W) in metres, and which pixels count."""
+        if not valid.any():
+            return
+        for name, value in depth_errors(predicted[valid], truth[valid]).items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.pictures += 1
+
+    def scores(self) -> dict[str, float]:
+        return {k: v / self.pictures for k, v in self.sums.items()}

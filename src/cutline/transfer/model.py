@@ -1,0 +1,152 @@
+"""An encoder with a pyramid and a head: the model of every dense task, and how it looks at whole pictures.
+
+Shapes: B pictures, C outputs a pixel (classes, or 1 for depth), H and W of any size.
+"""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cutline.transfer.batches import resize_image, stack_images
+from cutline.transfer.pyramid import Pyramid
+
+
+class Dense(nn.Module):
+    """encoder → pyramid → head → output at the picture's resolution.
+
+    The encoder is copied, so the one given keeps its weights. A frozen one never leaves eval mode and gets no gradient.
+    """
+
+    def __init__(self, encoder: Any, pyramid: Pyramid, head: nn.Module, frozen: bool) -> None:
+        super().__init__()
+        self.encoder = copy.deepcopy(encoder)
+        self.encoder.requires_grad_(not frozen)
+        self.pyramid, self.head, self.frozen = pyramid, head, frozen
+        self.num_layers: int = encoder.num_layers
+        self.source, self.source_hash = encoder.name, encoder.hash  # of the encoder it began with
+        self.labels = self.skipped = 0  # training pictures used, and those that could not be
+        self.train()
+
+    def train(self, mode: bool = True) -> "Dense":
+        super().train(mode)
+        if self.frozen:
+            self.encoder.eval()
+        return self
+
+    def layer_of(self, name: str) -> int:
+        """The encoder's own layer of a parameter, or `num_layers` + 1 for pyramid and head."""
+        prefix = "encoder."
+        return self.encoder.layer_of(name[len(prefix) :]) if name.startswith(prefix) else self.num_layers + 1
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to what `forward` takes."""
+        mean, std = (
+            torch.tensor(v, device=images.device).view(1, 3, 1, 1) * 255 for v in (self.encoder.mean, self.encoder.std)
+        )
+        return (images.float() - mean) / std
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """The maps that the pyramid reads, of normalised pictures padded (right, bottom) to its multiple."""
+        h, w = self._padded(images.shape[2], images.shape[3])
+        padded = F.pad(images, (0, w - images.shape[3], 0, h - images.shape[2]))
+        with torch.no_grad() if self.frozen else nullcontext():
+            maps = self.encoder(padded)
+        return [maps[i] for i in self.pyramid.uses]
+
+    def decode(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """Output (B, C, *size) from `features` of pictures of that size."""
+        out = self.head(self.pyramid(maps)).float()
+        out = F.interpolate(out, self._padded(*size), mode="bilinear", align_corners=False)
+        return out[:, :, : size[0], : size[1]]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised pictures (B, 3, H, W) to (B, C, H, W) float32: logits, or depth in metres."""
+        return self.decode(self.features(images), (images.shape[2], images.shape[3]))
+
+    def _padded(self, height: int, width: int) -> tuple[int, int]:
+        m = self.pyramid.multiple
+        return -(-height // m) * m, -(-width // m) * m
+
+
+class Look:
+    """How a model looks at pictures when scored or used: whole or in sliding windows, resized or not, mirrored too or not.
+
+    short: first resize to this short side; window and stride: of test="slide", in pixels; autocast: a context for the
+    model's arithmetic. Calling it with a model and equal-sized pictures gives outputs at their own resolution.
+    """
+
+    def __init__(
+        self,
+        test: Literal["whole", "slide"] = "whole",
+        window: tuple[int, int] = (512, 512),
+        stride: tuple[int, int] = (256, 256),
+        short: int | None = None,
+        flip: bool = False,
+        autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    ) -> None:
+        self.test, self.window, self.stride, self.short, self.flip, self.autocast = (
+            test,
+            window,
+            stride,
+            short,
+            flip,
+            autocast,
+        )
+
+    @torch.inference_mode()
+    def __call__(self, model: Dense, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) on any device to float32 (B, C, H, W) on the model's; the model must be in eval mode."""
+        size = (images.shape[2], images.shape[3])
+        if self.short:
+            factor = self.short / min(size)
+            smaller = (round(size[0] * factor), round(size[1] * factor))
+            images = torch.stack([resize_image(i, smaller) for i in images])
+        x = model.normalise(images.to(next(model.parameters()).device))
+        with self.autocast():
+            out = self._once(model, x)
+            if self.flip:
+                out = (out + self._once(model, x.flip(3)).flip(3)) / 2
+        return out if out.shape[2:] == size else F.interpolate(out, size, mode="bilinear", align_corners=False)
+
+    def _once(self, model: Dense, x: Tensor) -> Tensor:
+        if self.test == "whole":
+            out: Tensor = model(x)
+            return out
+        (h, w), (wh, ww) = x.shape[2:], self.window
+        total: Tensor | None = None
+        seen = torch.zeros(h, w, device=x.device)
+        for top in _starts(h, wh, self.stride[0]):
+            for left in _starts(w, ww, self.stride[1]):
+                part = model(x[:, :, top : top + wh, left : left + ww])
+                if total is None:
+                    total = part.new_zeros(*part.shape[:2], h, w)
+                total[:, :, top : top + wh, left : left + ww] += part
+                seen[top : top + wh, left : left + ww] += 1
+        assert total is not None
+        return total / seen
+
+
+def _starts(length: int, window: int, stride: int) -> list[int]:
+    """Window positions that cover the length; the last one is shifted back to end at the edge, as mmsegmentation does."""
+    if length <= window:
+        return [0]
+    return [min(k * stride, length - window) for k in range(-(-(length - window) // stride) + 1)]
+
+
+def by_shape(items: Iterable[tuple[NDArray[np.uint8], Any]], size: int) -> Iterator[tuple[Tensor, list[Any]]]:
+    """Group consecutive (picture, thing) of equal shape into batches of at most `size`, in order."""
+    group: list[tuple[NDArray[np.uint8], Any]] = []
+    for item in items:
+        if group and (len(group) == size or group[0][0].shape != item[0].shape):
+            yield stack_images([i for i, _ in group]), [t for _, t in group]
+            group = []
+        group.append(item)
+    if group:
+        yield stack_images([i for i, _ in group]), [t for _, t in group]

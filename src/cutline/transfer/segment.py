@@ -1,0 +1,126 @@
+"""Semantic segmentation: fine-tune an encoder with UPerNet, Semantic FPN or a linear head, and score it by mIoU.
+
+model = fit("runs/mine", "folder:pictures", SegmentConfig(labels=200))
+masks = model.predict(images)                    # a list of (H, W) class ids
+result = score(model, "folder:pictures", model.config)
+"""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from cutline.record import Result, fingerprint
+from cutline.transfer import finetune as shared
+from cutline.transfer import heads, pyramid
+from cutline.transfer.data import DenseData, open_data
+from cutline.transfer.finetune import DenseConfig, Prepared, finetune, look, protocol, scored_rows, seeded
+from cutline.transfer.metrics import IGNORE, Confusion
+from cutline.transfer.model import Dense, by_shape
+from cutline.transfer.store import save
+
+
+class SegmentConfig(DenseConfig):
+    """Options of segmentation; the defaults suit a data set of hundreds of pictures.
+
+    The paper's protocol (ADE20K; 2407.06723 appendix E.5, which copies 2405.08911; layer decay and drop path from mmsegmentation's
+    mae-base_upernet): head=upernet channels=512 crop=512 scale=[0.5,2] steps=160000 batch=16 warmup=1500 weight_decay=0.01
+    layer_decay=0.65 drop_path=0.1 short=512, lr the best of 5e-4, 2e-4, 1e-4, 7e-5, 5e-5. The mobile protocol (PoolFormer's, FastViT's): head=fpn channels=256
+    steps=40000 batch=32 lr=2e-4 weight_decay=1e-4 power=0.9 layer_decay=1.
+    """
+
+    head: Literal["upernet", "fpn", "linear"] = "upernet"
+    scale: tuple[float, float] = (0.5, 2.0)
+
+
+class Segmenter(Dense):
+    """Logits (B, classes, H, W) of normalised pictures (B, 3, H, W)."""
+
+    def __init__(self, encoder: Any, config: SegmentConfig, classes: Sequence[str]) -> None:
+        widths = encoder.channels
+        levels: pyramid.Pyramid
+        head: torch.nn.Module
+        if config.head == "linear":
+            levels = pyramid.LastMap(encoder.strides, widths)
+            head = heads.LinearHead(widths[-1], len(classes))
+        else:
+            channels = config.channels or shared.default_channels(max(widths))
+            between = config.pyramid_channels or min(256, channels)
+            levels = pyramid.build(config.pyramid, encoder.patch, encoder.strides, widths, between)
+            kind = heads.UPerHead if config.head == "upernet" else heads.FPNHead
+            head = kind(levels.channels, channels, len(classes))
+        super().__init__(encoder, levels, head, config.frozen)
+        self.config, self.classes = config, list(classes)
+
+    def predict(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[NDArray[np.int64]]:
+        """Class ids (H, W) of each uint8 (H, W, 3) picture, looked at as the config says."""
+        self.eval()
+        view, found = look(self.config), []
+        for batch, _ in by_shape(((i, None) for i in images), self.config.batch):
+            found += list(view(self, batch).argmax(1).cpu().numpy())
+        return found
+
+
+def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    """Mean over labelled pixels; 0 if there are none. logits (B, C, H, W), target (B, H, W) with `IGNORE`."""
+    total = F.cross_entropy(logits, target.long(), ignore_index=IGNORE, reduction="sum")
+    return total / (target != IGNORE).sum().clamp_min(1)
+
+
+def fit(encoder: Any, data: str | DenseData, config: SegmentConfig, out: Path | None = None) -> Segmenter:
+    """Train a segmenter on a copy of `encoder` (an `Encoder`, or what `load_encoder` takes); raises `CutlineError`s.
+
+    The model's `config` has every open choice filled in.
+    """
+    encoder = shared.encoder_of(encoder)
+    opened = open_data(data, "segment")
+    prepared = Prepared(config, opened, max(encoder.channels))
+    with seeded(config):
+        model = Segmenter(encoder, prepared.config, opened.classes)
+        finetune(model, prepared, cross_entropy, IGNORE, out)
+    model.labels, model.skipped = len(prepared.rows), sum(prepared.skipped.values())
+    return model
+
+
+def score(model: Segmenter, data: str | DenseData, config: SegmentConfig | None = None) -> Result:
+    """Mean IoU, mean class accuracy and pixel accuracy, and IoU by class (shares of 1), of the config's split."""
+    begun = time.monotonic()
+    config = config or model.config
+    opened = open_data(data, "segment")
+    split, rows, skipped = scored_rows(config, opened)
+    device, view, confusion = next(model.parameters()).device, look(config), Confusion(len(model.classes))
+    model.eval()
+    samples = (split.read(r) for r in rows)
+    for images, targets in by_shape(((s.image, s.target) for s in samples), config.batch):
+        predicted = view(model, images).argmax(1)
+        confusion.update(predicted, torch.from_numpy(np.stack(targets)).to(device))
+    counts = {"scored": len(rows), "skipped": skipped, "trained": model.labels, "trained_skipped": model.skipped}
+    iou = dict(zip(model.classes, confusion.iou().tolist()))
+    return Result(
+        metrics=confusion.scores(),
+        per_class={"iou": {k: v for k, v in iou.items() if v == v}},
+        protocol=protocol("segment", config, opened, model, counts, classes=fingerprint(model.classes)),
+        seconds=time.monotonic() - begun,
+    )
+
+
+def segment(encoder: Any, data: str | DenseData, config: SegmentConfig, out: Path | None = None) -> Result:
+    """`fit`, then `score`; with `out`, write there result.json, the model, metrics.jsonl and a grid of predictions."""
+    begun = time.monotonic()
+    opened = open_data(data, "segment")
+    model = fit(encoder, opened, config, out)
+    result = score(model, opened).model_copy(update={"seconds": time.monotonic() - begun})
+    if out is not None:
+        from cutline.transfer.draw import class_grid
+
+        samples = shared.shown(model.config, opened)
+        class_grid(out / "samples.png", samples, model.predict([s.image for s in samples]), model.classes)
+        save(model, out / "model")
+        result.write(out)
+    return result

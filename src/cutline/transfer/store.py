@@ -1,0 +1,89 @@
+"""Save and load transferred models: `transfer.json` says how to build it, `model.safetensors` holds all its weights.
+
+The encoder's architecture is stored as open_clip's model config, so loading needs neither the run it came from nor a network; a
+timm image tower is built by its timm name.
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from cutline.errors import DataError
+from cutline.record import version, write_atomic
+from cutline.towers.config import TowerConfig
+from cutline.towers.encoder import Encoder, wrap
+from cutline.towers.store import SCRATCH
+from cutline.towers.store import build as build_tower
+from cutline.towers.store import load as load_tower
+from cutline.transfer.model import Dense
+
+CONFIG, WEIGHTS = "transfer.json", "model.safetensors"
+
+
+def save(model: Dense, folder: str | Path) -> Path:
+    """Write a `Segmenter` or `DepthEstimator` into `folder`, the weights atomically."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    temporary = folder / f".{WEIGHTS}.{os.getpid()}.tmp"
+    try:
+        save_file(tensors, temporary)
+        os.replace(temporary, folder / WEIGHTS)
+    finally:
+        temporary.unlink(missing_ok=True)
+    encoder: Any = model.encoder
+    taps = list(getattr(encoder, "taps", encoder.strides))
+    content = {
+        "kind": type(model).__name__,
+        "config": model.config.model_dump(mode="json"),
+        "classes": getattr(model, "classes", []),
+        "encoder": {
+            "name": model.source,
+            "hash": model.source_hash,
+            "model_cfg": encoder.model_cfg,
+            "preprocess": dict(encoder.visual.preprocess_cfg),
+            "taps": taps if len(set(taps)) == len(taps) else None,
+        },
+        "trained": model.labels,
+        "skipped": model.skipped,
+        "version": version(),
+    }
+    write_atomic(folder / CONFIG, json.dumps(content, indent=2).encode())
+    return folder
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
+    """The `Segmenter` or `DepthEstimator` in `folder` (or in its `model/`), in eval mode; raises `DataError`."""
+    from cutline.transfer.depth import DepthConfig, DepthEstimator
+    from cutline.transfer.segment import SegmentConfig, Segmenter
+
+    path = next((p for p in (Path(folder), Path(folder) / "model") if (p / CONFIG).is_file()), None)
+    if path is None:
+        raise DataError(f"{str(folder)!r} holds no transferred model ({CONFIG}).")
+    try:
+        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        encoder = _encoder(content["encoder"])
+        model: Dense
+        if content["kind"] == "Segmenter":
+            model = Segmenter(encoder, SegmentConfig.model_validate(content["config"]), content["classes"])
+        else:
+            model = DepthEstimator(encoder, DepthConfig.model_validate(content["config"]))
+        model.load_state_dict(load_file(path / WEIGHTS))
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise DataError(f"cannot read the transferred model in {str(path)!r}: {e}") from e
+    model.source, model.source_hash = content["encoder"]["name"], content["encoder"]["hash"]
+    model.labels, model.skipped = content["trained"], content["skipped"]
+    return model.to(device).eval()
+
+
+def _encoder(stored: dict[str, Any]) -> Encoder:
+    if stored["model_cfg"]:
+        model = build_tower(TowerConfig(custom=stored["model_cfg"]))
+        model.visual.preprocess_cfg = stored["preprocess"]
+    else:
+        model = load_tower(SCRATCH + stored["name"].removeprefix(SCRATCH))
+    return wrap(model, tuple(stored["taps"]) if stored["taps"] else None)
