@@ -13,8 +13,8 @@ from cutline.config import dump
 from cutline.errors import ConfigError
 from cutline.record import Result, write_atomic
 from cutline.study.plan import Plan, slug
-from cutline.train.loop import train
-from cutline.train.stream import open_source
+from cutline.train.loop import read_from, train
+from cutline.train.stream import Source
 from cutline.transfer.depth import DepthConfig, depth
 from cutline.transfer.segment import segment
 
@@ -43,7 +43,7 @@ def run(plan: Plan, out: Path, only: str | None = None, say: Callable[[str], Non
         raise ConfigError(f"{out} holds another study (see {previous}); choose another --out, or delete it.")
     write_atomic(previous, dump(plan).encode())
     arms, tasks = _chosen(plan, only)
-    sources: dict[str, Any] = {}
+    sources: dict[str, Source] = {}
     for seed in plan.seeds:
         for arm in arms:
             began = time.monotonic()
@@ -69,7 +69,7 @@ def _chosen(plan: Plan, only: str | None) -> tuple[list[str], list[str]]:
     return [arm], [task] if task else list(plan.tasks)
 
 
-def _pretrain(plan: Plan, cell: Cell, out: Path, sources: dict[str, Any]) -> str:
+def _pretrain(plan: Plan, cell: Cell, out: Path, sources: dict[str, Source]) -> str:
     """The folder of the arm's model, trained if it is not there yet."""
     folder = cell.folder(out)
     if (folder / "model").is_dir():
@@ -82,7 +82,7 @@ def _pretrain(plan: Plan, cell: Cell, out: Path, sources: dict[str, Any]) -> str
     key = f"{recipe.data.pairs} {recipe.data.where}"
     if key not in sources:
         sources.clear()  # the arms of a seed share one; two big ones would not fit
-        sources[key] = open_source(recipe.data.pairs, recipe.data.where, cache=recipe.data.cache)
+        sources[key] = read_from(recipe.data)
     train(recipe, folder, resume=True, source=sources[key])
     return str(folder)
 

@@ -28,8 +28,8 @@ from cutline.progress import progress
 from cutline.record import write_atomic
 from cutline.train import checkpoint
 from cutline.train.optim import param_groups, schedule, set_lr
-from cutline.train.recipe import Recipe
-from cutline.train.stream import Order, Stream, open_source
+from cutline.train.recipe import DataConfig, Recipe
+from cutline.train.stream import Cached, Source, Stream, open_source
 
 
 class Trainee(nn.Module):
@@ -106,7 +106,7 @@ class Run:
         checkpoint.set_rng_state(state["rng"])
 
 
-def train(recipe: Recipe, out: Path, resume: bool = False, source: Any = None, show: bool = True) -> Path:
+def train(recipe: Recipe, out: Path, resume: bool = False, source: Source | None = None, show: bool = True) -> Path:
     """Train `recipe` into the run directory `out`; returns `out`.
 
     resume: go on from the newest checkpoint in `out` (to the bit on one process), or start if there is none. source:
@@ -141,7 +141,7 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def prepare(recipe: Recipe, out: Path, resume: bool, source: Any = None) -> Run:
+def prepare(recipe: Recipe, out: Path, resume: bool, source: Source | None = None) -> Run:
     """Build everything, write `recipe.yaml`, and go to the newest checkpoint if `resume` says so."""
     config = recipe.train
     rank, size = world()
@@ -179,28 +179,36 @@ def prepare(recipe: Recipe, out: Path, resume: bool, source: Any = None) -> Run:
     return run
 
 
-def _stream(recipe: Recipe, trainee: Trainee, model: nn.Module, source: Any, device: torch.device) -> Stream:
+def read_from(data: DataConfig) -> Source:
+    """The source that a recipe names, kept in memory as it is read if the recipe says so."""
+    source = open_source(data.pairs, data.where)
+    return Cached(source) if data.cache else source
+
+
+def _stream(recipe: Recipe, trainee: Trainee, model: nn.Module, source: Source | None, device: torch.device) -> Stream:
     data, (rank, size) = recipe.data, world()
     methods = list(trainee.methods().values())
     if source is None:
-        source = open_source(data.pairs, data.where, data.cache)
+        source = read_from(data)
     texts = any(o.needs_text for o in methods)
-    preprocess = towers.preprocess_of(model)
-    tokenizer = towers.Tokenizer(model) if texts else None
+    encoder = towers.load_encoder(model)  # for what it says of the pictures
     return Stream(
         source,
-        Order(len(source), recipe.train.batch, recipe.seed, world=size, rank=rank, block=data.block),
-        size=pixels if isinstance(pixels := preprocess["size"], int) else max(pixels),
-        mean=tuple(preprocess["mean"]),
-        std=tuple(preprocess["std"]),
+        batch=recipe.train.batch,
+        size=encoder.size,
+        mean=encoder.mean,
+        std=encoder.std,
+        seed=recipe.seed,
         augment=data.augment,
         text=data.text if texts else None,
-        tokenizer=tokenizer,
-        trim=tokenizer.trimmed if tokenizer else None,
+        tokenizer=towers.Tokenizer(model) if texts else None,
         views={name: view for o in methods for name, view in o.views().items()},
         columns=sorted({c for o in methods for c in o.columns()}),
         threads=data.threads,
+        block=data.block,
         max_bad=data.max_bad,
+        rank=rank,
+        world=size,
         pin=device.type == "cuda",
     )
 

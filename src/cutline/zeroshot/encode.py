@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from cutline import towers
 from cutline.errors import DataError
 from cutline.progress import progress
+from cutline.record import fingerprint
+from cutline.towers.store import preprocess_of
 
 MAX_BAD = 0.1  # share of pictures that may be unreadable before a score would mislead
 
@@ -30,7 +32,7 @@ class Embedded:
 
 
 @torch.no_grad()
-def embed_pairs(model: nn.Module, source: Any, columns: Sequence[str], batch: int = 64, max_texts: int = 5) -> Embedded:
+def embed_pairs(model: towers.Model, source: Any, columns: Sequence[str], batch: int = 64, max_texts: int = 5) -> Embedded:
     """Embed every pair of `source` with all its texts (at most `max_texts` a picture) from the text `columns`.
 
     Pictures are resized and centre-cropped by the tower's own test transform (open_clip's). Pictures that cannot be
@@ -40,7 +42,7 @@ def embed_pairs(model: nn.Module, source: Any, columns: Sequence[str], batch: in
     if missing:
         raise DataError(f"no column {missing[0]!r} in the data; there are: {', '.join(source.columns)}.")
     device = next(model.parameters()).device
-    transform, tokenizer = towers.test_transform(model), towers.Tokenizer.of(model)
+    transform, tokenizer = test_transform(model), towers.Tokenizer(model)
     out = Embedded(torch.empty(0), torch.empty(0), torch.empty(0, dtype=torch.long))
     images, texts, owners, n = [], [], [], 0
     training = model.training
@@ -64,15 +66,27 @@ def embed_pairs(model: nn.Module, source: Any, columns: Sequence[str], batch: in
                 continue
             n += len(kept)
             tokens = tokenizer(captions)
-            out.truncated += tokenizer.truncated(captions)
-            images.append(model.encode_image(torch.stack(kept).to(device), normalize=True).float().cpu())  # type: ignore[operator]
-            texts.append(model.encode_text(towers.trim(tokens).to(device), normalize=True).float().cpu())  # type: ignore[operator]
+            out.truncated += tokenizer.truncated(captions, tokens)
+            images.append(model.encode_image(torch.stack(kept).to(device), normalize=True).float().cpu())
+            texts.append(model.encode_text(tokenizer.trimmed(tokens).to(device), normalize=True).float().cpu())
     model.train(training)
     bad = sum(v for k, v in out.skipped.items() if k != "no text")
     if bad > MAX_BAD * len(source) or not images:
         raise DataError(f"{bad} of {len(source)} pictures cannot be read ({out.skipped}); run `cutline pairs check`.")
     out.image, out.text, out.owners = torch.cat(images), torch.cat(texts), torch.tensor(owners)
     return out
+
+
+def test_transform(model: towers.Model) -> Any:
+    """The tower's own test transform, PIL picture → (3, S, S) normalised: open_clip's resize and centre crop."""
+    from open_clip.transform import PreprocessCfg, image_transform_v2
+
+    return image_transform_v2(PreprocessCfg(**preprocess_of(model)), is_train=False)
+
+
+def weights_hash(model: nn.Module) -> str:
+    """Fingerprint of all weights, both towers."""
+    return fingerprint(*(part for k, v in model.state_dict().items() for part in (k, v.cpu().contiguous().numpy().tobytes())))
 
 
 def _picture(row: dict[str, Any], transform: Any) -> Tensor | str:

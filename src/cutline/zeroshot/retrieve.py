@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cutline import towers
 from cutline.config import Config, load
 from cutline.errors import DataError
 from cutline.record import Protocol, Result
 from cutline.train.recipe import Recipe
-from cutline.zeroshot.encode import embed_pairs
+from cutline.zeroshot.encode import embed_pairs, test_transform, weights_hash
 
 KS = (1, 5, 10)
 
@@ -67,14 +67,14 @@ def chance(n: int, owners: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float]
     return out
 
 
-def retrieve(model: nn.Module | str, source: Any, config: RetrieveConfig, data: str = "", out: Path | None = None) -> Result:
+def retrieve(model: towers.Model | str, source: Any, config: RetrieveConfig, data: str = "", out: Path | None = None) -> Result:
     """Score `model` (a model, a run directory or a tag) on every pair of `source`; writes `out/result.json`.
 
     metrics: recalls in 0…1, `chance_…` beside them, pictures, texts, and texts truncated at the context.
     """
     began = time.monotonic()
     name = model if isinstance(model, str) else "model"
-    loaded: nn.Module = towers.load(model) if isinstance(model, str) else model
+    loaded = towers.load(model) if isinstance(model, str) else model
     columns = config.columns or caption_columns(source)
     embedded = embed_pairs(loaded, source, columns, config.batch, config.max_texts)
     metrics = recall(embedded.image, embedded.text, embedded.owners)
@@ -82,10 +82,10 @@ def retrieve(model: nn.Module | str, source: Any, config: RetrieveConfig, data: 
     metrics |= {"pictures": len(embedded.image), "texts": len(embedded.text), "truncated": embedded.truncated}
     metrics |= {f"skipped: {reason}": n for reason, n in embedded.skipped.items()}
     settings = {"columns": columns, "max_texts": config.max_texts, "where": config.where, "ks": list(KS),
-                "transform": str(towers.test_transform(loaded)), "hit": "any", "ties": "against"}  # fmt: skip
+                "transform": str(test_transform(loaded)), "hit": "any", "ties": "against"}  # fmt: skip
     protocol = Protocol(
         task="retrieve", data=data, data_fingerprint=source.fingerprint, split=config.where or "all", settings=settings,
-        encoder=name, encoder_hash=towers.weights_hash(loaded),
+        encoder=name, encoder_hash=weights_hash(loaded),
     )  # fmt: skip
     result = Result(metrics=metrics, protocol=protocol, seconds=time.monotonic() - began)
     if out is not None:

@@ -1,0 +1,78 @@
+"""Recipes: what a wrong key or value says, and what overrides do."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import Field
+
+from cutline.config import Config, dump, load
+from cutline.errors import ConfigError
+
+
+# PyYAML itself does not bring control characters back unharmed.
+NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1)
+
+
+class Inner(Config):
+    rate: float = Field(0.1, gt=0)
+    name: str = "x"
+
+
+class Outer(Config):
+    inner: Inner = Inner()
+    columns: dict[str, float] = {}
+    steps: int = 10
+    maybe: Inner | None = None
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "r.yaml").write_text(text)
+    return tmp_path / "r.yaml"
+
+
+def test_unknown_key_names_key_line_and_nearest(tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown key 'inner.rat' \(.*r.yaml, line 3\): did you mean 'rate'\?"):
+        load(Outer, write(tmp_path, "steps: 3\ninner:\n  rat: 1\n"))
+
+
+def test_unknown_key_in_an_optional_section_is_found_too(tmp_path):
+    with pytest.raises(ConfigError, match="unknown key 'maybe.nam'.*line 2.*did you mean 'name'"):
+        load(Outer, write(tmp_path, "maybe:\n  nam: 1\n"))
+
+
+def test_ill_typed_value_names_key_line_and_value(tmp_path):
+    with pytest.raises(ConfigError, match=r"steps \(.*line 1\).*integer.*'many'"):
+        load(Outer, write(tmp_path, "steps: many\n"))
+
+
+def test_wrong_override_is_blamed_on_the_override(tmp_path):
+    with pytest.raises(ConfigError, match=r"inner.rate \(override 'inner.rate=-1'\).*greater than 0"):
+        load(Outer, write(tmp_path, "inner: {rate: 0.5}\n"), ["inner.rate=-1"])
+
+
+def test_overrides_are_yaml_and_merge(tmp_path):
+    got = load(Outer, write(tmp_path, "inner: {rate: 0.5}\n"), ["inner.name=y", "columns={a: 1, b: 2}", "steps=7"])
+    assert got == Outer(inner=Inner(rate=0.5, name="y"), columns={"a": 1, "b": 2}, steps=7)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [("a: [", [], "not valid YAML"), ("- 1\n", [], "must hold a mapping"), ("", ["steps"], "not of the form key=value")],
+)
+def test_what_is_no_recipe_says_so(tmp_path, text, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load(Outer, write(tmp_path, text), overrides)
+
+
+def test_missing_file_is_a_config_error(tmp_path):
+    with pytest.raises(ConfigError, match="cannot read the recipe"):
+        load(Outer, tmp_path / "none.yaml")
+
+
+@given(st.builds(Outer, columns=st.dictionaries(NAMES, st.floats(allow_nan=False, allow_infinity=False))))
+def test_dump_and_load_give_the_same_config(tmp_path_factory, config):
+    path = tmp_path_factory.mktemp("c") / "r.yaml"
+    path.write_text(dump(config), encoding="utf-8")
+    assert load(Outer, path) == config
