@@ -17,14 +17,14 @@ _FRAMES = frozenset([*range(0xC0, 0xD0)]) - {0xC4, 0xC8, 0xCC}
 
 
 def kind_of(head: bytes) -> str | None:
-    """ "jpeg", "png", "webp", "gif", "bmp" or "tiff" by the magic bytes of a picture; None for anything else."""
+    """By the magic bytes of a picture: "jpeg", "png", "webp", "gif", "bmp" or "tiff"; None for anything else."""
     if head[:3] == b"\xff\xd8\xff":
         return "jpeg"
     if head[:8] == b"\x89PNG\r\n\x1a\n":
         return "png"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "webp"
-    if head[:4] in (b"GIF8",):
+    if head[:4] == b"GIF8":
         return "gif"
     if head[:2] == b"BM":
         return "bmp"

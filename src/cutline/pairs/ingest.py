@@ -48,12 +48,14 @@ def create(
 ) -> IngestReport:
     """Make the table `out` of the pairs in `sources`, or go on with it where an earlier start was cut off.
 
-    sources: tar shards with brace and glob patterns, … (`cutline.pairs.sources.KINDS`). alt, captions: the field for the
-    alt text and for the captions; a field is a tar member's extension or a column, `json:key` reaches into JSON. fields:
-    more columns, name → field. inline: store the pictures in the table instead of pointing at them. need_text: skip
-    pictures without any text. prefix_keys: put the shard's name before each key, for shards that count from zero each.
-    max_bad: the share of skipped samples above which `DataError` stops the work. Raises `DataError` also for an `out`
-    that exists and is no unfinished create of the same sources.
+    sources: tar shards with brace and glob patterns, … (`cutline.pairs.sources.KINDS`).
+    alt, captions: the fields with the alt text and the captions. A field is a tar member's extension or the name of a
+    column; `json:key` reaches into JSON. fields: more columns, name → field.
+    inline: store the pictures in the table instead of pointing at them. need_text: skip pictures without any text.
+    prefix_keys: put the shard's name before each key, for shards that each count from zero.
+    max_bad: the share of skipped samples above which `DataError` stops the work.
+
+    Raises `DataError` also for an `out` that exists and is no unfinished create of the same sources.
     """
     fields = dict(fields or {})
     for name in fields:
@@ -107,8 +109,8 @@ def _in_the_way(out: Path) -> DataError:
     except (ValueError, OSError):
         return DataError(f"{str(out)!r} exists and is no table of pairs. Choose another name.")
     return DataError(
-        f"{str(out)!r} exists already ({rows:,} pairs). Choose another name, or delete it first; to add a column to it, "
-        "use add_column."
+        f"{str(out)!r} exists already ({rows:,} pairs). Choose another name, or delete it first; "
+        "to add a column to it, use add_column."
     )
 
 

@@ -17,7 +17,7 @@ OWN = ("key", "image", "width", "height")  # columns every table has; `alt` join
 
 
 class Picture(NamedTuple):
-    """Where a picture lies: the bytes [position, position + size) of `uri`, all of it if position is None, or `data`."""
+    """Where a picture lies: the bytes [position, position + size) of `uri` (all, if None), or `data`."""
 
     uri: str | None
     position: int | None
@@ -52,9 +52,11 @@ class Feed(Protocol):
 
     parts: list[str]
     identity: list[Any]
-    alt: str | None
-    captions: str | None
 
+    @property
+    def alt(self) -> str | None: ...
+    @property
+    def captions(self) -> str | None: ...
     def samples(self, part: int, wanted: "Wanted", report: IngestReport) -> Iterator[Sample | Missing]: ...
 
 
@@ -106,7 +108,7 @@ def parse_json(data: bytes | str, key: str, report: IngestReport) -> Any:
 
 
 def clean(value: Any, key: str, report: IngestReport) -> str | list[str] | None:
-    """Text as stored: decoded, without stray spaces at its ends; empty becomes None; lists keep their non-empty parts."""
+    """Text as stored: decoded, without stray spaces at its ends; empty is None; a list keeps its non-empty parts."""
     if value is None:
         return None
     if isinstance(value, list):

@@ -1,7 +1,7 @@
 """`Pairs`: a Lance table of pictures and text, opened at one version.
 
-Rows are numbered 0 … len − 1 in the order of the table, or of the rows that pass the filter. A `Pairs` never changes under its reader: adding a
-column makes a new version, which `open` (or what `add_column` returns) shows.
+Rows are numbered 0 … len − 1 in the order of the table, or of the rows that pass the filter. A `Pairs` never changes
+under its reader: adding a column makes a new version, which `open` shows.
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ class Pairs:
         return cls(dataset, str(path), where)
 
     def where(self, filter: str) -> "Pairs":
-        """The rows that pass a Lance (SQL) filter, such as `width >= 64 AND alt IS NOT NULL`; keeps an earlier one too."""
+        """The rows that pass a Lance (SQL) filter, such as `width >= 64 AND alt IS NOT NULL`, and the earlier ones."""
         return Pairs(self.dataset, self.path, f"({self.filter}) AND ({filter})" if self.filter else filter)
 
     def __len__(self) -> int:
@@ -202,4 +202,4 @@ def _matching(dataset: Any, filter: str) -> Rows:
 
 
 def _schema_note(dataset: Any, key: str) -> str:
-    return (dataset.schema.metadata or {}).get(key.encode(), b"").decode()
+    return str((dataset.schema.metadata or {}).get(key.encode(), b"").decode())

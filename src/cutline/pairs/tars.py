@@ -157,7 +157,8 @@ class TarFeed:
                 packed = PACKED.get(f.read(2))
             if packed:
                 raise DataError(
-                    f"{p} is compressed ({packed}): a picture in it has no byte range to point at. Unpack it to a plain .tar first."
+                    f"{p} is compressed ({packed}): a picture in it has no byte range to point at. "
+                    "Unpack it to a plain .tar first."
                 )
 
     def samples(self, part: int, wanted: Wanted, report: IngestReport) -> Iterator[Sample | Missing]:
