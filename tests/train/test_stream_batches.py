@@ -36,7 +36,7 @@ class Pictures:
             "key": f"k{r}", "image": image, "alt": None if r % 7 == 0 else f"alt {r}", "captions": [f"c{r}"] * (r % 3),
             "score": r / 2, "embedding": np.full(4, r, np.float32),
         }  # fmt: skip
-        return values | ({"image": None, "error": "truncated"} if r in self.broken else {})
+        return values | ({"image": None, "error": "cut off"} if r in self.broken else {})
 
 
 class Letters:
@@ -179,8 +179,8 @@ def test_broken_pictures_are_replaced_by_whole_rows_and_counted() -> None:
     batches = list(s.batches(6))
     keys = [k for b in batches for k in b.keys]
     assert not {f"k{r}" for r in broken} & set(keys)
-    met = {r for r in broken if any(f"k{r}" in e for e in s.examples["truncated"])}
-    assert s.counts["broken"] == s.counts["truncated"] == len(met) >= 2
+    met = {r for r in broken if any(e == f"k{r}: cut off" for e in s.examples["unreadable"])}
+    assert s.counts["broken"] == s.counts["unreadable"] == len(met) >= 2
     assert s.counts["pictures"] == 96
     for b in batches:
         assert len(set(b.keys)) == 16  # a replacement is not a second copy of a row of the batch
@@ -189,7 +189,7 @@ def test_broken_pictures_are_replaced_by_whole_rows_and_counted() -> None:
 
 def test_too_many_broken_pictures_stop_the_stream_with_names() -> None:
     s = stream(Pictures(n=1000, broken=range(0, 1000, 10)), batch=50)
-    with pytest.raises(DataError, match=r"truncated \(k\d+.*max_bad"):
+    with pytest.raises(DataError, match=r"unreadable \(k\d+: cut off.*max_bad"):
         list(s.batches(20))
     assert 100 <= s.counts["pictures"] <= 300
 
@@ -201,7 +201,7 @@ def test_a_share_of_broken_pictures_just_below_the_limit_does_not_stop_it() -> N
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_only_broken_pictures_is_an_error_not_a_hang(threads: int) -> None:
-    with pytest.raises(DataError, match="truncated"):
+    with pytest.raises(DataError, match="unreadable"):
         next(iter(stream(Pictures(broken=range(100)), threads=threads)))
 
 

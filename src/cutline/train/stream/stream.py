@@ -12,7 +12,7 @@ more than `max_bad` of the pictures are broken, the stream stops with a message.
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -26,12 +26,14 @@ from torch import Tensor
 
 from cutline.errors import ConfigError, DataError
 from cutline.objectives.base import Batch, Texts, View
-from cutline.train.stream.order import Order, Rows, key, rng
+from cutline.train.stream.order import Order, key, rng
 from cutline.train.stream.source import Source, check_columns
 from cutline.train.stream.text import TextConfig, Tokenizer
 from cutline.train.stream.transforms import Augment, Normalize, Picture, min_size
 
 Channels = tuple[float, float, float]
+Floats = NDArray[np.float32]
+Row = dict[str, Any]
 ATTEMPTS = 32  # replacements tried for one broken picture
 JUDGED = 100  # pictures seen before the share of broken ones is judged
 EXAMPLES = 5  # keys kept for each reason
@@ -55,7 +57,7 @@ class Stream:
     batch: samples a step over all `world` processes; this one, `rank`, gets its equal share. block: see `Order`. size,
     mean, std: of the tower; augment: of the view "image"; views: further ones, with a crop scale of their own and
     without RandAugment. text, tokenizer: None for objectives without text. columns: table columns to collate into
-    `Batch.columns`. threads: 0 does everything in the caller, None takes one per core. max_bad: share of broken pictures
+    `Batch.columns`. threads: 0 does all in the caller, None takes one per core. max_bad: share of broken pictures
     at which to stop. pin: page-locked memory, for copies to a GPU beside its work.
 
     counts: pictures and texts given out, broken pictures (by reason, too), empty and truncated texts; examples: keys by
@@ -115,9 +117,8 @@ class Stream:
     def batches(self, until: int | None = None) -> Iterator[Batch]:
         """Batches from the present step up to (not with) step `until`; `self.step` is the next one when one is out."""
         pool = ThreadPoolExecutor(self.threads, "stream") if self.threads else None
-        # Enough batches ahead that every thread has work while the caller holds one.
-        per_batch = -(-self.order.share // self._chunk)
-        ahead = 1 + -(-2 * self.threads // per_batch)
+        # Enough batches ahead that every thread has work while the caller holds one and waits for the next.
+        ahead = 2 + self.threads * self._chunk // self.order.share
         coming: deque[_Coming] = deque()
         begun = self.step
         try:
@@ -138,19 +139,19 @@ class Stream:
 
     @property
     def _chunk(self) -> int:
-        """Samples of one task: small enough to share a batch among threads, large enough to read well."""
-        return max(1, min(32, -(-self.order.share // max(self.threads, 1))))
+        """Samples of one task: a batch is shared among threads, but reading few rows at once is slow."""
+        return min(256, max(32, -(-self.order.share // max(self.threads, 1))))
 
-    def _make(self, step: int, rows: Rows, start: int, out: Mapping[str, NDArray[np.float32]]) -> _Part:
-        """Fill places start… of the views with `rows` and return the rest of them."""
+    def _make(self, step: int, start: int, rows: list[int], out: Mapping[str, Floats]) -> _Part:
+        """Fill places start… of the views from `rows` and return the rest of them."""
         part = _Part()
         epoch = self.order.epoch(step)
-        for at, (row, values) in enumerate(zip(rows.tolist(), self._read(rows), strict=True), start):
+        for at, (row, values) in enumerate(zip(rows, self._read(rows), strict=True), start):
             for attempt in range(ATTEMPTS + 1):
                 reason = self._picture(row, epoch, values, at, out)
                 if reason is None:
                     break
-                part.broken.append((reason, str(values["key"])))
+                part.broken.append((reason, str(values["key"]) + (f": {values['error']}" if "error" in values else "")))
                 if attempt < ATTEMPTS:
                     row = self._replacement(step, epoch, row)
                     values = self._read([row])[0]
@@ -164,16 +165,14 @@ class Stream:
                 part.truncated += self.tokenizer.truncated(flat, part.tokens[source])
         return part
 
-    def _read(self, rows: Any) -> list[dict[str, Any]]:
-        return self.source.read([int(r) for r in rows], self.read_columns)
+    def _read(self, rows: list[int]) -> list[Row]:
+        return self.source.read(rows, self.read_columns)
 
-    def _picture(
-        self, row: int, epoch: int, values: Mapping[str, Any], at: int, out: Mapping[str, NDArray[np.float32]]
-    ) -> str | None:
+    def _picture(self, row: int, epoch: int, values: Row, at: int, out: Mapping[str, Floats]) -> str | None:
         """Write all views of a row; returns the reason if its picture is broken."""
         image = values["image"]
         if image is None:
-            return str(values.get("error") or "no picture")
+            return "unreadable"
         shape = image.shape[:2] if isinstance(image, np.ndarray) else _jpeg_shape(image)
         picture: Picture | None = image if isinstance(image, np.ndarray) else None
         if shape is None:
@@ -195,7 +194,7 @@ class Stream:
             self.normalize(augment.apply(picture, h, size), out[name][at * count + c])
         return None
 
-    def _words(self, row: int, epoch: int, values: Mapping[str, Any], part: _Part) -> None:
+    def _words(self, row: int, epoch: int, values: Row, part: _Part) -> None:
         part.keys.append(str(values["key"]))
         for column in self.columns:
             part.columns.setdefault(column, []).append(values[column])
@@ -261,20 +260,18 @@ class _Coming:
     """A batch in the making."""
 
     def __init__(self, stream: Stream, step: int, pool: ThreadPoolExecutor | None) -> None:
-        rows = stream.order.rows(step)
+        rows, size = stream.order.rows(step).tolist(), stream._chunk
         self.views: dict[str, Tensor] = {
-            name: torch.empty(len(rows) * count, 3, size, size, pin_memory=stream.pin)
-            for name, (_, size, count) in stream.views.items()
+            name: torch.empty(len(rows) * count, 3, pixels, pixels, pin_memory=stream.pin)
+            for name, (_, pixels, count) in stream.views.items()
         }
         out = {name: view.numpy() for name, view in self.views.items()}
-        starts = range(0, len(rows), stream._chunk)
-        tasks = [(step, rows[s : s + stream._chunk], s, out) for s in starts]
-        self.calls: list[Callable[[], _Part]] = [
-            pool.submit(stream._make, *task).result if pool else partial(stream._make, *task) for task in tasks
-        ]
+        tasks = [partial(stream._make, step, i, rows[i : i + size], out) for i in range(0, len(rows), size)]
+        self._results = [pool.submit(task).result if pool else task for task in tasks]
 
     def parts(self) -> list[_Part]:
-        return [call() for call in self.calls]
+        """What the tasks give; waits for them."""
+        return [result() for result in self._results]
 
 
 def collate(values: list[Any]) -> Any:
