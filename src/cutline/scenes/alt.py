@@ -15,9 +15,9 @@ from cutline.scenes.objects import OBJECTS
 KINDS = ("good", "one", "shop", "foreign", "wrong", "filename", "boilerplate", "empty")
 USEFUL = ("good", "one", "shop", "foreign")
 MIXES: dict[str, dict[str, float]] = {
-    "web": dict(zip(KINDS, (0.08, 0.22, 0.13, 0.12, 0.10, 0.17, 0.15, 0.03), strict=True)),
+    "web": dict(zip(KINDS, (0.08, 0.30, 0.12, 0.05, 0.10, 0.17, 0.15, 0.03), strict=True)),
     "mild": dict(zip(KINDS, (0.25, 0.55, 0.08, 0.02, 0.03, 0.04, 0.03, 0.0), strict=True)),
-    "harsh": dict(zip(KINDS, (0.02, 0.10, 0.06, 0.07, 0.20, 0.27, 0.23, 0.05), strict=True)),
+    "harsh": dict(zip(KINDS, (0.02, 0.13, 0.06, 0.04, 0.20, 0.27, 0.23, 0.05), strict=True)),
 }
 _MONTHS = ("January", "March", "May", "June", "August", "October", "December")
 _PEOPLE = ("Anna", "J. Smith", "Marco", "Lena K.", "user4821", "the author", "PhotoWorld", "Kim")
@@ -35,7 +35,8 @@ def alt_text(scene: Scene, captions: list[str], mix: Mapping[str, float], seed: 
         return _filename(dice), kind
     if kind == "boilerplate":
         return _boilerplate(dice), kind
-    item = dice.choice(scene.items)
+    # People name what stands out: the larger an object shows, the likelier it is the one.
+    item = scene.items[dice.weighted([i.size * i.width * i.visible for i in scene.items])]
     if kind == "foreign":
         return _foreign(dice, item), kind
     if kind == "wrong":
