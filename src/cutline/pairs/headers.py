@@ -12,6 +12,8 @@ Read = Callable[[int, int], bytes]  # (offset in the picture, length) -> up to t
 PICTURES = frozenset(
     ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif"]
 )  # extensions, lower case
+HEAD = 1024  # bytes that hold the size of nearly every picture
+_SIDES = struct.Struct(">HH")
 _BARE = frozenset([0x01, *range(0xD0, 0xD9)])  # JPEG markers without a length
 _FRAMES = frozenset([*range(0xC0, 0xD0)]) - {0xC4, 0xC8, 0xCC}
 
@@ -31,13 +33,15 @@ def kind_of(head: bytes) -> str | None:
     return "tiff" if head[:4] in (b"II*\0", b"MM\0*") else None
 
 
-def picture_size(read: Read) -> tuple[int, int] | None:
-    """(width, height) in pixels of the upright picture, or None where the header does not say."""
-    head = read(0, 32)
+def picture_size(head: bytes, read: Read) -> tuple[int, int] | None:
+    """(width, height) in pixels of the upright picture, or None where the header does not say.
+
+    head: the first `HEAD` bytes of the picture; read gives what lies further on, which few pictures need.
+    """
     kind = kind_of(head)
     try:
         if kind == "jpeg":
-            return _jpeg(read)
+            return _jpeg(head, read)
         if kind == "png":
             return struct.unpack(">II", head[16:24])
         if kind == "gif":
@@ -47,33 +51,34 @@ def picture_size(read: Read) -> tuple[int, int] | None:
             return width, abs(height)
         if kind == "webp":
             return _webp(head)
-    except struct.error:  # the bytes end within the header
+    except (struct.error, IndexError):  # the bytes end within the header
         return None
     return None
 
 
-def _jpeg(read: Read) -> tuple[int, int] | None:
-    pos, turned = 2, False
+def _jpeg(head: bytes, read: Read) -> tuple[int, int] | None:
+    pos, base, turned = 2, 0, False  # head[pos] is byte base + pos of the picture
     while True:
-        s = read(pos, 9)
-        if len(s) < 4 or s[0] != 0xFF:
+        if pos + 9 > len(head):
+            head, base, pos = read(base + pos, HEAD), base + pos, 0
+        if head[pos] != 0xFF:
             return None
-        marker = s[1]
+        marker = head[pos + 1]
+        if marker in _FRAMES:
+            height, width = _SIDES.unpack_from(head, pos + 5)
+            if not (width and height):
+                return None
+            return (height, width) if turned else (width, height)
         if marker == 0xFF:  # a fill byte
             pos += 1
         elif marker in _BARE:
             pos += 2
-        elif marker in _FRAMES:
-            height, width = struct.unpack(">HH", s[5:9])
-            if not (width and height):
-                return None
-            return (height, width) if turned else (width, height)
         elif marker in (0xD9, 0xDA):
             return None
         else:
-            length = s[2] << 8 | s[3]
-            if marker == 0xE1 and s[4:8] == b"Exif":
-                turned = orientation(read(pos + 10, min(length, 4096))) >= 5
+            length = head[pos + 2] << 8 | head[pos + 3]
+            if marker == 0xE1 and head[pos + 4 : pos + 8] == b"Exif":
+                turned = orientation(read(base + pos + 10, min(length, 4096))) >= 5
             pos += 2 + length
 
 

@@ -23,8 +23,9 @@ from cutline.pairs.journal import Journal, locked, side_folder
 from cutline.pairs.keys import Keys
 from cutline.pairs.provenance import CONTENT, KEY, Provenance
 from cutline.pairs.report import IngestReport
-from cutline.pairs.samples import OWN, Feed, Missing, Picture, Sample, Wanted, clean, fit, sniff
+from cutline.pairs.samples import OWN, Feed, Missing, Picture, Sample, Wanted
 from cutline.pairs.sources import open_feeds
+from cutline.pairs.values import plain_column, sniff, text_column
 from cutline.progress import progress
 
 BATCH, BATCH_BYTES = 4096, 64 << 20
@@ -125,7 +126,7 @@ class _Writer:
         self.need_text, self.max_bad = need_text, max_bad
         self.units = [(f, w, part) for f, w in zip(feeds, wanted) for part in range(len(f.parts))]
         self.names = wanted[0].columns
-        self.texts = [i for i, name in enumerate(self.names) if name in wanted[0].texts]
+        self.texts = [name for name in self.names if name in wanted[0].texts]
         self.identity = [[f.identity for f in feeds], provenance.settings]
         self.journal = Journal(out)
         self.report, self.keys = IngestReport(out=str(out)), Keys()
@@ -201,52 +202,61 @@ class _Writer:
         return self._finish()
 
     def _take(self, sample: Sample | Missing) -> None:
-        """Clean a sample and queue it, or count why not."""
+        """Queue a sample, or count why not."""
         if isinstance(sample, Missing):
             return self.report.skip(sample.reason, sample.key)
         if sample.picture.size == 0:
             return self.report.skip("zero-byte picture", sample.key)
-        values, text = sample.values, False
-        for i in self.texts:
-            values[i] = clean(values[i], sample.key, self.report)
-            text = text or values[i] is not None
-        if self.need_text and not text:
-            return self.report.skip("no text", sample.key)
         self.samples.append(sample)
         self.sample_bytes += len(sample.picture.data or b"")
 
     def _flush(self) -> int:
-        """Queued samples → a record batch. Returns the number of rows that are new."""
-        new = self.keys.add([s.key for s in self.samples])
-        samples = [s for s, fresh in zip(self.samples, new) if fresh]
-        for s, fresh in zip(self.samples, new):
-            if not fresh:
-                self.report.skip("duplicate key", s.key)
-        self.samples, self.sample_bytes = [], 0
+        """Queued samples → a record batch, without those that have no text or a known key. Returns its rows."""
+        samples, self.samples, self.sample_bytes = self.samples, [], 0
         if not samples:
             return 0
-        if self.schema is None:
-            self.schema = self._sniff(samples)
-        arrays = [pa.array([s.key for s in samples], pa.string()), _pictures([s.picture for s in samples])]
-        arrays += [pa.array([getattr(s.picture, side) for s in samples], pa.int32()) for side in ("width", "height")]
-        for i, name in enumerate(self.names):
-            kind = self.schema.field(name).type
-            arrays.append(pa.array([fit(s.values[i], kind, s.key, self.report) for s in samples], kind))
-        for field, array in zip(self.schema, arrays):
-            if field.name == "image":
-                array = _content([s.picture for s in samples])
-            self.chains[field.name] = content.chain(self.chains.get(field.name, content.START), array)
-        self.batches.append(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
-        self.batch_bytes += sum(len(s.picture.data or b"") for s in samples)
-        self.rows += len(samples)
-        self.report.kept = self.rows
+        keys = [s.key for s in samples]
+        raw = dict(zip(self.names, map(list, zip(*(s.values for s in samples)))))
+        schema = self.schema = self.schema or self._sniff(raw)
+        columns: dict[str, pa.Array] = {}
+        text = np.full(len(samples), not self.need_text)
+        for name in self.texts:
+            columns[name] = text_column(raw[name], schema.field(name).type, keys, self.report)
+            text |= columns[name].is_valid().to_numpy(zero_copy_only=False)
+        keep = text.copy()
+        keep[text] = self.keys.add([k for k, t in zip(keys, text) if t])
+        for i in np.flatnonzero(~keep):
+            self.report.skip("duplicate key" if text[i] else "no text", keys[i])
+        for name in self.names:
+            if name not in columns:
+                columns[name] = plain_column(raw[name], schema.field(name).type, keys, self.report)
+        if not keep.all():
+            columns = {name: c.filter(pa.array(keep)) for name, c in columns.items()}
+            samples = [s for s, k in zip(samples, keep) if k]
+        if samples:
+            self._queue(samples, columns)
         return len(samples)
 
-    def _sniff(self, samples: list[Sample]) -> pa.Schema:
+    def _queue(self, samples: list[Sample], columns: dict[str, pa.Array]) -> None:
+        """Add the columns that every table has, take digests, and queue the batch for the next commit."""
+        assert self.schema is not None
+        pictures = [s.picture for s in samples]
+        columns["key"] = pa.array([s.key for s in samples], pa.string())
+        columns["image"] = _pictures(pictures)
+        columns["width"] = pa.array([p.width for p in pictures], pa.int32())
+        columns["height"] = pa.array([p.height for p in pictures], pa.int32())
+        for name in self.schema.names:
+            values = _content(pictures) if name == "image" else columns[name]
+            self.chains[name] = content.chain(self.chains.get(name, content.START), values)
+        self.batches.append(pa.RecordBatch.from_arrays([columns[n] for n in self.schema.names], schema=self.schema))
+        self.batch_bytes += sum(len(p.data or b"") for p in pictures)
+        self.rows += len(samples)
+        self.report.kept = self.rows
+
+    def _sniff(self, raw: dict[str, list[Any]]) -> pa.Schema:
         fields = [pa.field("key", pa.string()), lance.blob_field("image")]
         fields += [pa.field("width", pa.int32()), pa.field("height", pa.int32())]
-        for i, name in enumerate(self.names):
-            fields.append(pa.field(name, sniff([s.values[i] for s in samples], i in self.texts)))
+        fields += [pa.field(name, sniff(raw[name], name in self.texts)) for name in self.names]
         return pa.schema(fields, metadata={STATE: "unfinished"})
 
     def _commit(self) -> None:
@@ -283,13 +293,13 @@ def table_shape(dataset: Any) -> str:
 
 def _pictures(pictures: list[Picture]) -> pa.Array:
     """Picture references (or bytes) as a Lance blob column."""
-    inline = [p.data is not None for p in pictures]
+    uris, positions, sizes, _, _, _, data = zip(*pictures)
     storage = pa.StructArray.from_arrays(
         [
-            pa.array([p.data for p in pictures], pa.large_binary()),
-            pa.array([None if i else p.uri for i, p in zip(inline, pictures)], pa.string()),
-            pa.array([None if i else p.position for i, p in zip(inline, pictures)], pa.uint64()),
-            pa.array([None if i or p.position is None else p.size for i, p in zip(inline, pictures)], pa.uint64()),
+            pa.array(data, pa.large_binary()),
+            pa.array([None if d else u for u, d in zip(uris, data)], pa.string()),
+            pa.array([None if d else p for p, d in zip(positions, data)], pa.uint64()),
+            pa.array([None if d or p is None else s for s, p, d in zip(sizes, positions, data)], pa.uint64()),
         ],
         names=["data", "uri", "position", "size"],
     )

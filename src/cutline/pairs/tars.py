@@ -7,27 +7,22 @@ webdataset does: by name up to the first dot of the base name, in runs.
 """
 
 import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from cutline.errors import DataError
 from cutline.pairs.content import TAIL
-from cutline.pairs.headers import PICTURES, picture_size
+from cutline.pairs.headers import HEAD, PICTURES, picture_size
 from cutline.pairs.report import IngestReport
-from cutline.pairs.samples import Missing, Picture, Sample, Wanted, dig, parse_json, split_field
+from cutline.pairs.samples import Missing, Picture, Sample, Wanted, dig, split_field
+from cutline.pairs.values import parse_json
 
 WINDOW = 64 * 1024  # bytes of one read; larger reads waste time on large pictures, smaller ones on small pictures
+HEADER = struct.Struct("100s24x12s20xs100x8s80x155s12x")  # name, size, type, magic and version, prefix
 NO_END = "no end mark (cut off between two files?)"
 PACKED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
-
-
-class Member(NamedTuple):
-    """A regular file in a tar: bytes [position, position + size) of the tar."""
-
-    name: str
-    position: int
-    size: int
 
 
 class BrokenTar(Exception):
@@ -45,34 +40,49 @@ class Window:
         self.fd, self.start, self.data = fd, 0, b""
         self.length = os.fstat(fd).st_size
 
-    def get(self, position: int, n: int) -> bytes:
-        """Bytes [position, position + n), fewer at the end of the file."""
+    def reach(self, position: int, n: int) -> int:
+        """Where byte `position` stands in `data`, with `n` bytes from there on; −1 if the file has not so many."""
         at = position - self.start
         if at < 0 or at + n > len(self.data):
             self.data = os.pread(self.fd, max(n, WINDOW), position)
             self.start, at = position, 0
+            if len(self.data) < n:
+                return -1
+        return at
+
+    def get(self, position: int, n: int) -> bytes:
+        """Bytes [position, position + n), fewer at the end of the file."""
+        at = max(self.reach(position, n), 0)
         return self.data[at : at + n]
 
 
-def members(window: Window) -> Iterator[Member]:
-    """The regular files of a tar in order. Raises `BrokenTar` where the tar is cut off or its headers are damaged."""
-    position = 0
-    long_name: str | None = None
+def members(window: Window) -> Iterator[tuple[str, int, int]]:
+    """(name, position, size) of the regular files of a tar, in order: bytes [position, position + size) of the tar.
+
+    Raises `BrokenTar` where the tar is cut off or its headers are damaged.
+    """
+    position, long_name = 0, ""
     pax: dict[str, str] = {}
     everywhere: dict[str, str] = {}  # of global pax headers
     while True:
-        header = window.get(position, 512)
-        if len(header) < 512:
-            raise BrokenTar("cut off in a header" if header else NO_END, position)
-        if not header[0] and header == bytes(512):
-            return
-        kind = header[156:157]
+        at = window.reach(position, 512)
+        if at < 0:
+            raise BrokenTar("cut off in a header" if position < window.length else NO_END, position)
+        name, octal, kind, magic, prefix = HEADER.unpack_from(window.data, at)
         try:
-            size = _number(header[124:136])
-            if header[257:262] != b"ustar" and not _checksum_fits(header):
-                raise ValueError
+            size = int(octal[:11], 8)
         except ValueError:
-            raise BrokenTar("damaged header", position) from None
+            size = -1  # empty, base-256, or oddly padded
+        if size < 0 or magic[:5] != b"ustar":
+            header = window.data[at : at + 512]
+            if header == bytes(512):
+                return
+            try:
+                size = _number(octal)
+                if not _checksum_fits(header):
+                    raise ValueError
+            except ValueError:
+                raise BrokenTar("damaged header", position) from None
         start = position + 512
         if kind in b"LKxgX":  # the header of a header
             data = window.get(start, size)
@@ -89,15 +99,17 @@ def members(window: Window) -> Iterator[Member]:
         if everywhere or pax:
             pax = everywhere | pax
             size = int(pax.get("size", size))
-        end = start + (size if kind not in b"123456" else 0)  # links, devices and folders have no bytes
-        if kind in b"0\x007":
-            name = pax.get("path") or long_name or _name(header)
-            if end > window.length:
-                raise BrokenTar(f"cut off in {name!r}", position)
-            if not name.endswith("/"):
-                yield Member(name, start, size)
-        position = start + -(-(end - start) // 512) * 512
-        long_name, pax = None, {}
+        if kind in b"123456":  # links, devices and folders have no bytes
+            size = 0
+        elif kind in b"0\x007":
+            full = pax.get("path") or long_name or _name(name, prefix, magic)
+            if start + size > window.length:
+                raise BrokenTar(f"cut off in {full!r}", position)
+            if not full.endswith("/"):
+                yield full, start, size
+        position = start + -(-size // 512) * 512
+        if long_name or pax:
+            long_name, pax = "", {}
 
 
 def _number(field: bytes) -> int:
@@ -119,10 +131,10 @@ def _text(data: bytes) -> str:
     return data.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
 
 
-def _name(header: bytes) -> str:
-    name = header[:100].split(b"\0", 1)[0]
-    if header[345] and header[257:263] == b"ustar\0":  # GNU's own format uses these bytes for other things
-        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+def _name(name: bytes, prefix: bytes, magic: bytes) -> str:
+    name = name.split(b"\0", 1)[0]
+    if prefix[0] and magic == b"ustar\0":  # GNU's own format uses the bytes of the prefix for other things
+        name = prefix.split(b"\0", 1)[0] + b"/" + name
     return name.decode("utf-8", "surrogateescape")
 
 
@@ -184,8 +196,7 @@ class _Grouper:
     def samples(self) -> Iterator[Sample | Missing]:
         key, found, picture, broken = "", dict[str, bytes](), None, False
         try:
-            for member in members(self.window):
-                name = member.name
+            for name, start, size in members(self.window):
                 stem = name.rfind("/") + 1
                 dot = name.find(".", stem)
                 if dot <= stem:  # no extension, or a dot file: not a part of a sample
@@ -196,9 +207,9 @@ class _Grouper:
                     key, found, picture = name[:dot], {}, None
                 extension = name[dot + 1 :].lower()
                 if extension in PICTURES:
-                    picture = picture or self.picture(member)
+                    picture = picture or self.picture(start, size)
                 elif extension in self.extensions:
-                    found[extension] = self.window.get(member.position, member.size)
+                    found[extension] = self.window.get(start, size)
         except BrokenTar as e:
             broken = e.reason != NO_END
             if broken:
@@ -208,9 +219,11 @@ class _Grouper:
         if key and not (broken and (picture is None or not found)):  # the sample in which it broke is counted already
             yield self.sample(key, picture, found)
 
-    def picture(self, member: Member) -> Picture:
-        start, size, window = member.position, member.size, self.window
-        shape = picture_size(lambda at, n: window.get(start + at, min(n, size - at)) if at < size else b"")
+    def picture(self, start: int, size: int) -> Picture:
+        window = self.window
+        shape = picture_size(
+            window.get(start, min(size, HEAD)), lambda at, n: window.get(start + at, min(n, max(size - at, 0)))
+        )
         data = os.pread(window.fd, size, start) if self.wanted.inline else None
         tail = window.get(start + max(size - TAIL, 0), min(size, TAIL))
         width, height = shape or (None, None)
