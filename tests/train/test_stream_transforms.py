@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as tf
 
 from cutline.train.stream.order import rng
 from cutline.train.stream.randaugment import BINS, OPERATIONS, carry_out, draw_operations
-from cutline.train.stream.transforms import Augment, Augmentation, Normalize, box, min_size
+from cutline.train.stream.transforms import Augment, Augmentation, Normalize, box, decode_size
 
 
 def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -76,13 +76,16 @@ def test_a_picture_decoded_at_a_fraction_gives_nearly_the_same_view(factor: int)
         assert np.abs(a - b).mean() < shifted  # less than one pixel of the view away
 
 
-def test_min_size_is_just_enough_for_the_crop() -> None:
-    for i in range(200):
-        h, w = 50 + 7 * i, 900 - 3 * i
-        how = Augment(scale=(0.05, 1.0)).draw(h, w, rng(0, 0, i, "image").random)
-        smallest = min_size(how, 64)
-        factor = smallest / min(h, w)
-        assert min(how.height, how.width) * factor >= 64 > min(how.height, how.width) * (smallest - 1) / min(h, w)
+def test_a_jpeg_is_decoded_at_the_smallest_power_of_two_that_is_enough_for_all_views() -> None:
+    met = set()
+    for i in range(400):
+        h, w = 50 + 7 * i, 900 - 2 * i
+        views = [(Augment(scale=(0.05, 1.0)).draw(h, w, rng(0, 0, i, u).random), s) for u, s in (("a", 64), ("b", 24))]
+        chosen = decode_size(views)
+        enough = [f for f in (1, 2, 4, 8) if all(min(v.height, v.width) / f >= s for v, s in views)] or [1]
+        assert chosen == (None if enough[-1] == 1 else math.ceil(min(h, w) / enough[-1]))
+        met.add(enough[-1])
+    assert met == {1, 2, 4, 8}
 
 
 def test_crops_stay_inside_also_of_tiny_and_extreme_pictures() -> None:

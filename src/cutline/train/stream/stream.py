@@ -29,7 +29,7 @@ from cutline.objectives.base import Batch, Texts, View
 from cutline.train.stream.order import Order, key, rng
 from cutline.train.stream.source import Source, check_columns
 from cutline.train.stream.text import TextConfig, Tokenizer
-from cutline.train.stream.transforms import Augment, Normalize, Picture, min_size
+from cutline.train.stream.transforms import Augment, Normalize, Picture, decode_size
 
 Channels = tuple[float, float, float]
 Floats = NDArray[np.float32]
@@ -187,7 +187,7 @@ class Stream:
             how += [(name, augment, size, count, c, augment.draw(shape[0], shape[1], draw)) for c in range(count)]
         if picture is None:
             try:
-                picture = _decode(image, max(min_size(h, size) for _, _, size, _, _, h in how))
+                picture = _decode(image, decode_size((h, size) for _, _, size, _, _, h in how))
             except DataError as e:
                 return str(getattr(e, "reason", e))
         for name, augment, size, count, c, h in how:

@@ -7,7 +7,7 @@ antialiasing by torch's uint8 kernel, which equals Pillow's within one grey leve
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
@@ -102,9 +102,19 @@ def box(how: Augmentation, height: int, width: int) -> tuple[int, int, int, int]
     )
 
 
-def min_size(how: Augmentation, size: int) -> int:
-    """The shorter side a picture must be decoded at, so that no view pixel is made from less than one of it."""
-    return math.ceil(min(how.size) * size / min(how.height, how.width))
+def decode_size(views: Iterable[tuple[Augmentation, int]]) -> int | None:
+    """The shorter side at which to decode a JPEG for views of given sizes: a half, quarter or eighth; None: all of it.
+
+    No pixel of a view is then made from less than one pixel. libjpeg's other fractions take longer than the whole.
+    """
+    needed, shorter = 0.0, 0
+    for how, size in views:
+        shorter = min(how.size)
+        needed = max(needed, shorter * size / min(how.height, how.width))
+    for fraction in (8, 4, 2):
+        if shorter / fraction >= needed:
+            return -(-shorter // fraction)
+    return None
 
 
 def resize(picture: Picture, size: int, interpolation: str) -> Picture:
