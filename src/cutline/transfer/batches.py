@@ -1,9 +1,10 @@
 """Training batches of pictures and dense targets: random scale, crop and flip, the same for both.
 
-Batch k is a pure function of (seed, k): which samples, and how they are cut. So batches can be made ahead in threads, and
-a run can start again at any step. Pictures stay uint8 until they are on the device.
+Batch k is a pure function of (seed, k): which samples, and how they are cut. So batches can be made ahead in threads,
+and a run can start again at any step. Pictures stay uint8 until they are on the device.
 """
 
+import os
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +22,7 @@ from cutline.transfer.data import Sample, Split
 
 @dataclass
 class Batch:
-    """images (B, 3, H, W) uint8; targets (B, H, W); keys; rows: places in the training set and flips: which are mirrored.
+    """images (B, 3, H, W) uint8; targets (B, H, W); keys; rows: places in the training set; flips: mirrored or not.
 
     `rows` and `flips` say all there is to say about a batch of whole pictures (see `Batches.whole`).
     """
@@ -35,7 +36,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Cut:
-    """How pictures are cut: crop (H, W); scale: range of the random enlargement; short: first make the short side this."""
+    """How pictures are cut: crop (H, W); scale: range of random enlargement; short: first make the short side this."""
 
     crop: tuple[int, int]
     scale: tuple[float, float]
@@ -48,17 +49,13 @@ class Cut:
 class Batches:
     """Batches of `size` from `rows` of `split`, for ever, by epochs without repetition."""
 
-    def __init__(self, split: Split, rows: Sequence[int], size: int, seed: int, cut: Cut, threads: int = 2) -> None:
-        self.split, self.rows, self.size, self.seed, self.cut, self.threads = (
-            split,
-            list(rows),
-            size,
-            seed,
-            cut,
-            threads,
-        )
-        shapes = {split.read(r).image.shape[:2] for r in self.rows} if _plain(cut) else set()
-        self.whole = shapes == {cut.crop}  # every batch is whole pictures, mirrored or not
+    def __init__(
+        self, split: Split, rows: Sequence[int], size: int, seed: int, cut: Cut, threads: int | None = None
+    ) -> None:
+        self.split, self.rows, self.size, self.seed, self.cut = split, list(rows), size, seed, cut
+        self.threads = threads or min(8, os.cpu_count() or 1)
+        # Whether every batch is whole pictures, mirrored or not.
+        self.whole = cut.scale == (1.0, 1.0) and cut.short is None and {split.sizes[r] for r in rows} == {cut.crop}
 
     def order(self, step: int) -> NDArray[np.int64]:
         """Places in the training set of batch `step`, (size,)."""
@@ -76,6 +73,10 @@ class Batches:
         images, targets = (torch.stack(part) for part in zip(*pairs))
         return Batch(images, targets, [s.key for s in samples], torch.from_numpy(order), torch.from_numpy(flips))
 
+    def pictures(self, rows: Sequence[int]) -> Tensor:
+        """Whole pictures of equal size, (len(rows), 3, H, W) uint8."""
+        return stack_images([self.split.read(r).image for r in rows])
+
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches `start` … `stop` - 1, a few made ahead by threads."""
         with ThreadPoolExecutor(self.threads) as pool:
@@ -86,12 +87,8 @@ class Batches:
                 yield ahead.popleft().result()
 
 
-def _plain(cut: Cut) -> bool:
-    return cut.scale == (1.0, 1.0) and cut.short is None
-
-
 def cut(sample: Sample, how: Cut, flip: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """One picture (3, h, w) uint8 and target (h, w) of `how.crop`, resized (bilinear with antialias; targets nearest)."""
+    """One picture (3, h, w) uint8 and target (h, w) of `how.crop`, resized (pictures bilinear, targets nearest)."""
     height, width = sample.image.shape[:2]
     factor = how.short / min(height, width) if how.short else 1.0
     if how.scale != (1.0, 1.0):

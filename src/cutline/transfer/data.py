@@ -1,8 +1,8 @@
 """Dense data: pictures with a class map or a depth map, read from a SPEC `kind:path[,option=value…]`.
 
-    camvid:PATH                    {train,val}/{images,masks}, index PNG, classes.txt; the class "unlabelled" does not count
-    folder:PATH[,ignore=0+255][,scale=0.001]   {train,val[,test]}/{images,masks|depth}, see `folder`
-    scenes:n=1000,size=64,seed=1   the embedded world; train, val and test are different worlds, see `scenes`
+    camvid:PATH     {train,val}/{images,masks}, index PNG, classes.txt; the class "unlabelled" does not count
+    folder:PATH[,ignore=0+255][,scale=0.001]      {train,val[,test]}/{images,masks|depth}, see `folder`
+    scenes:n=1000,size=64,seed=1    the embedded world; train, val and test are different worlds, see `scenes`
 
 A kind is one module with `open(rest, task) -> DenseData`. Pictures are decoded when first needed and kept while they
 fit in `CACHE_BYTES`. One that cannot be used (broken, no mask, wrong size, labels out of range) raises `Skip`; `usable`
@@ -42,7 +42,7 @@ class Skip(DataError):
 
 @dataclass
 class Sample:
-    """image (H, W, 3) uint8; target (H, W), int16 class ids with `metrics.IGNORE`, or float32 metres with 0 = no reading."""
+    """image (H, W, 3) uint8; target (H, W), int16 class ids or `metrics.IGNORE`, or float32 metres, 0 = no reading."""
 
     key: str
     image: NDArray[np.uint8]
@@ -55,6 +55,7 @@ class Split:
     def __init__(self, name: str, keys: Sequence[str], read: Callable[[int], Sample]) -> None:
         self.name, self.keys = name, list(keys)
         self._read = read
+        self.sizes: dict[int, tuple[int, int]] = {}  # (height, width) of the rows read so far
         self._cache: dict[int, Sample] = {}
         self._bytes = 0
         self._lock = threading.Lock()
@@ -68,6 +69,7 @@ class Split:
             return cached
         sample = self._read(row)
         size = sample.image.nbytes + sample.target.nbytes
+        self.sizes[row] = (sample.image.shape[0], sample.image.shape[1])
         with self._lock:
             if self._bytes + size <= CACHE_BYTES and row not in self._cache:
                 self._cache[row] = sample
@@ -112,7 +114,8 @@ class DenseData:
     """A data set of one task.
 
     splits: "train", "val" and perhaps "test"; classes: names by id, empty for depth; fingerprint: of the contents of
-    all splits; default_pictures: how many are scored when the config does not say (None: all of them).
+    all splits; default_pictures: how many are scored when the config does not say (None: all of them); max_depth: the
+    farthest reading there can be, if known.
     """
 
     task: Task
@@ -121,6 +124,7 @@ class DenseData:
     classes: list[str]
     fingerprint: str
     default_pictures: int | None = None
+    max_depth: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)  # options that change targets, for the protocol
 
     def split(self, name: str) -> Split:

@@ -1,10 +1,13 @@
-"""Monocular depth in metres: fine-tune an encoder with the deconvolution head of the MIM protocol, or a linear probe.
+"""Monocular depth in metres: fine-tune an encoder with the MIM deconvolution head, or a linear probe. In Python:
 
-model = fit("runs/mine", "folder:rooms", DepthConfig(max_depth=10))
-metres = model.predict(images)                   # a list of (H, W) float32
-result = score(model, "folder:rooms", model.config)
+    model = fit("runs/mine", "folder:rooms", DepthConfig(max_depth=5))
+    metres = model.predict(images)                            # a list of (H, W) float32
+    result = score(model, "folder:rooms", split="test")
+
+`depth` does it all in one call.
 """
 
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,37 +21,35 @@ from torch import Tensor
 
 from cutline.errors import DataError
 from cutline.record import Result
-from cutline.transfer import finetune as shared
 from cutline.transfer import heads, pyramid
 from cutline.transfer.data import DenseData, open_data
-from cutline.transfer.finetune import DenseConfig, Prepared, finetune, look, protocol, scored_rows, seeded
+from cutline.transfer.finetune import Prepared, encoder_of, finetune
 from cutline.transfer.metrics import DepthErrors
 from cutline.transfer.model import Dense, by_shape
+from cutline.transfer.options import DenseConfig, SplitName, default_channels, look, seeded
+from cutline.transfer.scoring import protocol, scored_rows, shown
 from cutline.transfer.store import save
-
-CROPS = {  # name → (picture's height and width or None for any, rows and columns that count, as shares or pixels)
-    "eigen": "NYUv2: rows 45 to 471 and columns 41 to 601 of 480x640 pictures",
-    "garg": "KITTI: rows 0.40810811 to 0.99189189 and columns 0.03594771 to 0.96405229 of the picture",
-}
 
 
 class DepthConfig(DenseConfig):
     """Options of depth; the defaults suit a data set of hundreds of pictures.
 
-    max_depth, min_depth: metres; readings outside do not count in training or test, and predictions are kept inside. eval_crop: part
-    of the picture that counts: "eigen" (NYUv2, 480x640) or "garg" (KITTI). deconvolutions, filters: of the deconv head;
-    bins: of the linear head. variance: λ of the loss.
+    max_depth, min_depth: metres; readings outside do not count in training or test, and predictions are kept inside;
+    max_depth by default the data's (12 for scenes), else 10. eval_crop: part of the picture that counts: "eigen"
+    (NYUv2, 480x640) or "garg" (KITTI). deconvolutions, filters: of the deconv head; bins: of the linear head.
+    variance: λ of the loss.
 
-    The MIM protocol (NYUv2; 2205.13543 and SwinTransformer/MIM-Depth-Estimation): head=deconv deconvolutions=3 filters=32
-    channels=128 batch=24 steps=25 epochs lr=5e-4 weight_decay=0.05 layer_decay=0.9 drop_path=0.3 crop=480 max_depth=10 eval_crop=eigen
-    test_flip=true schedule=poly power=0.9 (and warm-up over the first half). DINOv2's probe: head=linear frozen=true bins=256
-    lr=3e-4 weight_decay=1e-4 steps=38400 batch=16 crop=[416,544] test_flip=true.
+    The MIM protocol (NYUv2; 2205.13543 and SwinTransformer/MIM-Depth-Estimation): head=deconv deconvolutions=3
+    filters=32 channels=128 batch=24 steps=25 epochs lr=5e-4 weight_decay=0.05 layer_decay=0.9 drop_path=0.3 crop=480
+    max_depth=10 eval_crop=eigen test_flip=true schedule=poly power=0.9 (and warm-up over the first half). DINOv2's
+    probe: head=linear frozen=true bins=256 lr=3e-4 weight_decay=1e-4 steps=38400 batch=16 crop=[416,544]
+    test_flip=true.
     """
 
     head: Literal["deconv", "linear"] = "deconv"
     lr: float = Field(5e-4, gt=0)
     layer_decay: float = Field(0.9, gt=0, le=1)
-    max_depth: float = Field(10.0, gt=0)
+    max_depth: float | None = Field(None, gt=0)
     min_depth: float = Field(1e-3, gt=0)
     eval_crop: Literal["none", "eigen", "garg"] = "none"
     deconvolutions: int = Field(3, ge=0, le=5)
@@ -58,9 +59,14 @@ class DepthConfig(DenseConfig):
 
     @model_validator(mode="after")
     def _range(self) -> "DepthConfig":
-        if self.min_depth >= self.max_depth:
-            raise ValueError(f"min_depth {self.min_depth} must be below max_depth {self.max_depth}")
+        if self.min_depth >= self.top:
+            raise ValueError(f"min_depth {self.min_depth} must be below max_depth {self.top}")
         return self
+
+    @property
+    def top(self) -> float:
+        """max_depth as a number: NYUv2's 10 m if nothing else is known."""
+        return self.max_depth or 10.0
 
 
 class DepthEstimator(Dense):
@@ -70,10 +76,10 @@ class DepthEstimator(Dense):
         width, stride = encoder.channels[-1], encoder.strides[-1]
         head: torch.nn.Module
         if config.head == "linear":
-            head = heads.BinsHead(width, config.bins, config.min_depth, config.max_depth)
+            head = heads.BinsHead(width, config.bins, config.min_depth, config.top)
         else:
-            channels = config.channels or shared.default_channels(width)
-            head = heads.DeconvHead(width, channels, config.filters, config.deconvolutions, stride, config.max_depth)
+            channels = config.channels or default_channels(width)
+            head = heads.DeconvHead(width, channels, config.filters, config.deconvolutions, stride, config.top)
         super().__init__(encoder, pyramid.LastMap(encoder.strides, encoder.channels), head, config.frozen)
         self.config = config
 
@@ -86,11 +92,11 @@ class DepthEstimator(Dense):
         return found
 
     def clamp(self, depth: Tensor) -> Tensor:
-        return depth.clamp(self.config.min_depth, self.config.max_depth)
+        return depth.clamp(self.config.min_depth, self.config.top)
 
 
 def silog(predicted: Tensor, truth: Tensor, valid: Tensor, variance: float = 0.5) -> Tensor:
-    """sqrt(mean d² - variance · (mean d)²), d = log predicted - log truth over valid pixels (1406.2283); 0 if there are none."""
+    """sqrt(mean d² - variance · (mean d)²), d = log predicted - log truth over valid pixels (1406.2283); 0 if none."""
     if not valid.any():
         return predicted.sum() * 0
     d = predicted[valid].log() - truth[valid].log()
@@ -99,29 +105,46 @@ def silog(predicted: Tensor, truth: Tensor, valid: Tensor, variance: float = 0.5
 
 
 def fit(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | None = None) -> DepthEstimator:
-    """Train a depth estimator on a copy of `encoder` (an `Encoder`, or what `load_encoder` takes); raises `CutlineError`s.
+    """Train a depth estimator on a copy of `encoder` (an `Encoder`, or what `load_encoder` takes).
 
     The model's `config` has every open choice filled in.
     """
-    encoder = shared.encoder_of(encoder)
-    opened = open_data(data, "depth")
-    prepared = Prepared(config, opened, max(encoder.channels))
-    resolved: DepthConfig = prepared.config
+    start, opened = encoder_of(encoder), open_data(data, "depth")
+    config = config.model_copy(update={"max_depth": config.max_depth or opened.max_depth or config.top})
+    prepared = Prepared(config, opened, max(start.channels))
+    check_readings(prepared, opened.spec)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        valid = (target > resolved.min_depth) & (target < resolved.max_depth)
-        return silog(output[:, 0].clamp_min(1e-6), target, valid, resolved.variance)
+        valid = (target > config.min_depth) & (target <= config.top)
+        return silog(output[:, 0].clamp_min(1e-6), target, valid, config.variance)
 
     with seeded(config):
-        model = DepthEstimator(encoder, resolved)
+        model = DepthEstimator(start, prepared.config)
         finetune(model, prepared, loss, 0, out)
-    model.labels, model.skipped = len(prepared.rows), sum(prepared.skipped.values())
+    model.labels, model.skipped = len(prepared.rows), prepared.skipped
     return model
+
+
+def check_readings(prepared: Prepared[DepthConfig], spec: str) -> None:
+    """Raise `DataError` if none of the first training pictures has a reading in the range of the config.
+
+    A median so far from metres that the unit is likely wrong is told on stderr.
+    """
+    readings = np.concatenate([t[t > 0] for t in (prepared.split.read(r).target for r in prepared.rows[:16])])
+    low, high, median = prepared.config.min_depth, prepared.config.top, float(np.median(readings))
+    hint = f"The median is {median:.4g} m."
+    factor = next((f for f in (0.001, 1000.0, 0.01) if 0.3 <= median * f <= 50), None)
+    if factor is not None and not 0.1 <= median <= 100:
+        hint += f" With the scale multiplied by {factor:g} it would be {median * factor:.3g} m."
+    if not ((readings > low) & (readings <= high)).any():
+        raise DataError(f"{spec} has no reading between {low} and {high} m. {hint} Set max_depth or the data's scale.")
+    if not 0.1 <= median <= 100:
+        print(f"{spec}: are these metres? {hint}", file=sys.stderr)
 
 
 def counted(truth: Tensor, config: DepthConfig) -> Tensor:
     """Pixels (H, W) that count: with a reading between min_depth and max_depth, inside the crop."""
-    valid = (truth > config.min_depth) & (truth < config.max_depth)
+    valid = (truth > config.min_depth) & (truth <= config.top)
     if config.eval_crop == "none":
         return valid
     h, w = truth.shape
@@ -136,28 +159,28 @@ def counted(truth: Tensor, config: DepthConfig) -> Tensor:
     return valid & inside
 
 
-def score(model: DepthEstimator, data: str | DenseData, config: DepthConfig | None = None) -> Result:
-    """The errors of `metrics.depth_errors` on the config's split, each picture's own, then their mean."""
+def score(model: DepthEstimator, data: str | DenseData, split: SplitName | None = None) -> Result:
+    """The errors of `metrics.depth_errors` on `split` or the config's own: each picture's, then their mean."""
     begun = time.monotonic()
-    config = config or model.config
+    config = model.config.model_copy(update={"split": split or model.config.split})
     opened = open_data(data, "depth")
-    split, rows, skipped = scored_rows(config, opened)
+    part, rows, skipped = scored_rows(config, opened)
     device, view, errors = next(model.parameters()).device, look(config), DepthErrors()
     model.eval()
-    samples = (split.read(r) for r in rows)
+    samples = (part.read(r) for r in rows)
     for images, targets in by_shape(((s.image, s.target) for s in samples), config.batch):
-        for predicted, target in zip(model.clamp(view(model, images))[:, 0], targets):
+        for predicted, target in zip(model.clamp(view(model, images))[:, 0], targets, strict=True):
             truth = torch.from_numpy(target).to(device)
             errors.update(predicted, truth, counted(truth, config))
     if not errors.pictures:
         raise DataError(
-            f"no picture of {opened.spec} has a reading between {config.min_depth} and {config.max_depth} m: "
+            f"no picture of {opened.spec} has a reading between {config.min_depth} and {config.top} m: "
             "set max_depth, or the data's scale."
         )
-    counts = {"scored": errors.pictures, "skipped": skipped, "trained": model.labels, "trained_skipped": model.skipped}
+    settings = {"average": "pictures", "alignment": "none"}
     return Result(
         metrics=errors.scores(),
-        protocol=protocol("depth", config, opened, model, counts, average="pictures", alignment="none"),
+        protocol=protocol("depth", config, opened, model, errors.pictures, skipped, **settings),
         seconds=time.monotonic() - begun,
     )
 
@@ -171,8 +194,8 @@ def depth(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | 
     if out is not None:
         from cutline.transfer.draw import depth_grid
 
-        samples = shared.shown(model.config, opened)
-        depth_grid(out / "samples.png", samples, model.predict([s.image for s in samples]), model.config.max_depth)
+        samples = shown(model.config, opened)
+        depth_grid(out / "samples.png", samples, model.predict([s.image for s in samples]), model.config.top)
         save(model, out / "model")
         result.write(out)
     return result

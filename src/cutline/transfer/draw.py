@@ -18,7 +18,7 @@ UNLABELLED = (0.08, 0.08, 0.08)
 
 
 def palette(count: int) -> NDArray[np.float64]:
-    """`count` colours (count, 3) in 0 … 1: hues a golden angle apart, in three lightnesses, so that neighbours differ."""
+    """`count` colours (count, 3) in 0 … 1: hues a golden angle apart in three lightnesses, so neighbours differ."""
     from matplotlib.colors import hsv_to_rgb
 
     k = np.arange(count)
@@ -70,7 +70,7 @@ def depth_grid(path: Path, samples: Sequence[Sample], depths: Sequence[NDArray[A
 
 
 def _figure(samples: Sequence[Sample], legend: float) -> tuple[Any, NDArray[Any], float]:
-    """A figure of 3 rows with `legend` inches free below, its axes (3, samples), and the share of the height left free."""
+    """A figure of 3 rows with `legend` inches free below, its axes (3, samples), and the free share of the height."""
     from matplotlib.figure import Figure
 
     height, width = np.max([s.image.shape[:2] for s in samples], 0)

@@ -1,10 +1,10 @@
 """A folder of your own: {train,val[,test]}/{images,masks|depth}, a picture and its target sharing their stem.
 
-Class maps: single-channel index pictures (PNG, also with a palette). `classes.txt` names the classes, one a line; without
-it there are as many as the largest label in train says. Label 255, labels given as `ignore=0+255` and classes named
-unlabelled, void or ignore do not count.
-Depth maps: integer PNG or TIFF times `scale` (default 0.001: millimetres), or float TIFF, npy and EXR (with the OpenEXR
-package) in metres, times `scale` if given. Zero, negative, NaN and infinite values are pixels without a reading.
+Class maps: single-channel index pictures (PNG, also with a palette). `classes.txt` names the classes, one a line;
+without it there are as many as the largest label in train says. Label 255, labels given as `ignore=0+255` and classes
+named unlabelled, void or ignore do not count. Depth maps: integer PNG or TIFF times `scale` (default 0.001:
+millimetres), or float TIFF, npy and EXR (with the OpenEXR package) in metres, times `scale` if given. Zero, negative,
+NaN and infinite values are pixels without a reading.
 """
 
 from collections.abc import Callable
@@ -106,9 +106,10 @@ def _split(name: str, pairs: list[tuple[Path, Path | None]], read_target: Callab
 def _image(path: Path) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as picture:
-            if picture.mode.startswith("I"):  # 16-bit grey: PIL's own conversion clips at 255
-                picture = Image.fromarray((np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8))
-            return np.array(picture.convert("RGB"))
+            if not picture.mode.startswith("I"):
+                return np.array(picture.convert("RGB"))
+            grey = (np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)  # PIL's own conversion clips at 255
+            return np.repeat(grey[:, :, None], 3, axis=2)
     except UNREADABLE as e:
         raise Skip("picture broken", f"{path} cannot be read: {e}") from e
 
@@ -150,7 +151,7 @@ def _index(path: Path) -> NDArray[Any]:
 
 def _mask(path: Path, table: NDArray[np.int16]) -> NDArray[np.int16]:
     values = _index(path).astype(np.int64)
-    mapped = table[values.clip(0, len(table) - 1)]
+    mapped: NDArray[np.int16] = table[values.clip(0, len(table) - 1)]
     if (mapped == -2).any() or values.min() < 0:
         wrong = np.unique(values[(mapped == -2) | (values < 0)]).tolist()
         shown = ", ".join(str(v) for v in wrong[:5])
@@ -174,7 +175,7 @@ def _depth(path: Path, scale: float | None) -> NDArray[np.float32]:
         raise ValueError(f"a depth map has one channel, and this has the shape {values.shape}")
     factor = scale if scale is not None else 0.001 if np.issubdtype(values.dtype, np.integer) else 1.0
     with np.errstate(over="ignore", invalid="ignore"):
-        metres = values.astype(np.float32) * np.float32(factor)
+        metres: NDArray[np.float32] = values.astype(np.float32) * np.float32(factor)
     metres[~np.isfinite(metres) | (metres < 0)] = 0
     return metres
 

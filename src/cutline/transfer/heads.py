@@ -57,9 +57,7 @@ class LinearHead(nn.Module):
     def __init__(self, width: int, classes: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(width)
-        self.classifier = nn.Conv2d(width, classes, 1)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = _start_small(nn.Conv2d(width, classes, 1), 0.01)
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         out: Tensor = self.classifier(self.norm(levels[-1]))
@@ -88,9 +86,7 @@ class DeconvHead(nn.Module):
         )
         for m in self.modules():
             if isinstance(m, nn.Conv2d | nn.ConvTranspose2d):
-                nn.init.normal_(m.weight, std=0.001)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+                _start_small(m, 0.001)
         self.stride, self.max_depth = stride, max_depth
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
@@ -111,11 +107,17 @@ class BinsHead(nn.Module):
     def __init__(self, width: int, bins: int, min_depth: float, max_depth: float) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(width)
-        self.classifier = nn.Conv2d(width, bins, 1)
-        nn.init.normal_(self.classifier.weight, std=0.01)
-        nn.init.zeros_(self.classifier.bias)
+        self.classifier = _start_small(nn.Conv2d(width, bins, 1), 0.01)
         self.register_buffer("centres", torch.linspace(min_depth, max_depth, bins))
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
         weights = F.relu(self.classifier(self.norm(levels[-1])).float()) + 0.1
         return torch.einsum("bkhw,k->bhw", weights / weights.sum(1, keepdim=True), self.centres)[:, None]
+
+
+def _start_small(layer: nn.Conv2d | nn.ConvTranspose2d, deviation: float) -> nn.Conv2d | nn.ConvTranspose2d:
+    """Normal weights of this standard deviation and no bias, as the heads' sources have it."""
+    nn.init.normal_(layer.weight, std=deviation)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer

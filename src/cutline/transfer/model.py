@@ -19,7 +19,7 @@ from cutline.transfer.pyramid import Pyramid
 
 
 class Dense(nn.Module):
-    """encoder → pyramid → head → output at the picture's resolution.
+    """encoder → pyramid → head → output at the picture's resolution; the base of `Segmenter` and `DepthEstimator`.
 
     The encoder is copied, so the one given keeps its weights. A frozen one never leaves eval mode and gets no gradient.
     """
@@ -28,9 +28,13 @@ class Dense(nn.Module):
         super().__init__()
         self.encoder = copy.deepcopy(encoder)
         self.encoder.requires_grad_(not frozen)
-        self.pyramid, self.head, self.frozen = pyramid, head, frozen
+        # Channels-last makes bilinear resizing and its gradient some ten times faster on CPUs, and changes no value.
+        self.pyramid: Pyramid = pyramid.to(memory_format=torch.channels_last)
+        self.head: nn.Module = head.to(memory_format=torch.channels_last)
+        self.frozen = frozen
         self.num_layers: int = encoder.num_layers
-        self.source, self.source_hash = encoder.name, encoder.hash  # of the encoder it began with
+        self.source: str = encoder.name
+        self.source_hash: str = encoder.hash  # of the encoder it began with
         self.labels = self.skipped = 0  # training pictures used, and those that could not be
         self.train()
 
@@ -58,11 +62,11 @@ class Dense(nn.Module):
         padded = F.pad(images, (0, w - images.shape[3], 0, h - images.shape[2]))
         with torch.no_grad() if self.frozen else nullcontext():
             maps = self.encoder(padded)
-        return [maps[i] for i in self.pyramid.uses]
+        return [maps[i].contiguous(memory_format=torch.channels_last) for i in self.pyramid.uses]
 
     def decode(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Output (B, C, *size) from `features` of pictures of that size."""
-        out = self.head(self.pyramid(maps)).float()
+        out = self.head(self.pyramid(maps)).float().contiguous(memory_format=torch.channels_last)
         out = F.interpolate(out, self._padded(*size), mode="bilinear", align_corners=False)
         return out[:, :, : size[0], : size[1]]
 
@@ -76,7 +80,7 @@ class Dense(nn.Module):
 
 
 class Look:
-    """How a model looks at pictures when scored or used: whole or in sliding windows, resized or not, mirrored too or not.
+    """How a model looks at pictures when scored or used: whole or in sliding windows, resized, and mirrored too.
 
     short: first resize to this short side; window and stride: of test="slide", in pixels; autocast: a context for the
     model's arithmetic. Calling it with a model and equal-sized pictures gives outputs at their own resolution.
@@ -134,7 +138,7 @@ class Look:
 
 
 def _starts(length: int, window: int, stride: int) -> list[int]:
-    """Window positions that cover the length; the last one is shifted back to end at the edge, as mmsegmentation does."""
+    """Window positions that cover the length; the last is shifted back to end at the edge, as in mmsegmentation."""
     if length <= window:
         return [0]
     return [min(k * stride, length - window) for k in range(-(-(length - window) // stride) + 1)]

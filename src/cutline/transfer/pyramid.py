@@ -126,7 +126,7 @@ def _level(width: int, power: int, channels: int) -> nn.Sequential:
 
 
 def _rescale(width: int, power: int, narrow: bool) -> nn.Module:
-    """Enlarge by 2^power with deconvolutions (LN and GELU between; `narrow` halves the channels), or shrink by max-pooling."""
+    """Enlarge by 2^power with deconvolutions (LN, GELU between; `narrow` halves channels), or shrink by max-pooling."""
     if power <= 0:
         return nn.Sequential(*(nn.MaxPool2d(2) for _ in range(-power)))
     layers: list[nn.Module] = []

@@ -13,19 +13,25 @@ from cutline.scenes import CLASSES, Scenes, parse_spec
 from cutline.transfer.data import DenseData, Sample, Split, Task
 
 SEEDS = {"train": 0, "val": 1_000_003, "test": 2_000_003}
-PICTURES = 500
+HELD_OUT = 10_000  # scenes there are to score on
+PICTURES = 500  # scenes scored when the config does not say
+FARTHEST = 12.0  # metres; nothing beyond has a reading
 
 
 @functools.lru_cache(maxsize=2)  # a study opens the same scenes for every arm; rendering them once is enough
 def open(rest: str, task: Task) -> DenseData:
     """Open `scenes:n=…,size=…,seed=…`; scenes are rendered when read."""
     config = parse_spec(f"scenes:{rest}")
-    worlds = {name: Scenes(config.model_copy(update={"seed": config.seed + shift})) for name, shift in SEEDS.items()}
+    counts = {"train": config.n, "val": HELD_OUT, "test": HELD_OUT}
+    worlds = {
+        name: Scenes(config.model_copy(update={"seed": config.seed + shift, "n": counts[name]}))
+        for name, shift in SEEDS.items()
+    }
     column = "semantic" if task == "segment" else "depth"
     splits = {name: _split(name, world, column) for name, world in worlds.items()}
     contents = fingerprint({name: world.fingerprint for name, world in worlds.items()}, column)
     classes = list(CLASSES) if task == "segment" else []
-    return DenseData(task, f"scenes:{rest}", splits, classes, contents, default_pictures=PICTURES)
+    return DenseData(task, f"scenes:{rest}", splits, classes, contents, default_pictures=PICTURES, max_depth=FARTHEST)
 
 
 def _split(name: str, world: Scenes, column: str) -> Split:

@@ -1,7 +1,7 @@
 """Save and load transferred models: `transfer.json` says how to build it, `model.safetensors` holds all its weights.
 
-The encoder's architecture is stored as open_clip's model config, so loading needs neither the run it came from nor a network; a
-timm image tower is built by its timm name.
+The encoder's architecture is stored as open_clip's model config, so loading needs neither the run it came from nor a
+network; a timm image tower is built by its timm name.
 """
 
 import json
@@ -39,7 +39,7 @@ def save(model: Dense, folder: str | Path) -> Path:
     taps = list(getattr(encoder, "taps", encoder.strides))
     content = {
         "kind": type(model).__name__,
-        "config": model.config.model_dump(mode="json"),
+        "config": model.config.model_dump(mode="json"),  # type: ignore[operator, union-attr]
         "classes": getattr(model, "classes", []),
         "encoder": {
             "name": model.source,

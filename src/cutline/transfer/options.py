@@ -1,0 +1,106 @@
+"""The config that segmentation and depth share, and what follows from it: device, precision, seeds."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, field_validator
+
+from cutline.config import Config
+from cutline.errors import ConfigError
+from cutline.transfer.model import Look
+
+SplitName = Literal["train", "val", "test"]
+
+
+class DenseConfig(Config):
+    """Options of every dense task. `None` means: chosen from the data and the encoder, and written in the protocol.
+
+    frozen: train the head alone. labels: how many training pictures to use, or which share (nested subsets by `seed`).
+    steps: default 40 passes over them, at least 400 and at most 160,000 (mmsegmentation's ADE20K). lr: peak, of the
+    head; layer k of the encoder gets lr · layer_decay^(layers + 1 - k). warmup: steps. crop: default the whole picture
+    when all have one size of at most 512 px, else a square of the smallest short side, at most 512. short: first
+    resize the short side to this many pixels, in training and in test. test: "whole" pictures, or "slide" with windows
+    of `crop` every `stride` pixels (default half the crop). test_flip: average with the mirror image. split, pictures:
+    what is scored, and how many at most. channels: width of the head, default by the encoder's width;
+    pyramid_channels: of the ViTDet pyramid (256 in the paper). precision: "auto" is bf16 autocast on CUDA and float32
+    elsewhere.
+    """
+
+    pyramid: Literal["vitdet", "taps"] = "vitdet"
+    channels: int | None = Field(None, ge=1)
+    pyramid_channels: int | None = Field(None, ge=1)
+    frozen: bool = False
+    labels: int | float | None = None
+    steps: int | None = Field(None, ge=1)
+    batch: int = Field(16, ge=2)
+    lr: float = Field(1e-4, gt=0)
+    weight_decay: float = Field(0.05, ge=0)
+    layer_decay: float = Field(0.65, gt=0, le=1)
+    drop_path: float = Field(0.1, ge=0, lt=1)
+    warmup: int | None = Field(None, ge=0)
+    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    power: float = Field(1.0, gt=0)
+    clip: float | None = Field(None, gt=0)
+    crop: tuple[int, int] | None = None
+    scale: tuple[float, float] = (1.0, 1.0)
+    short: int | None = Field(None, ge=16)
+    flip: bool = True
+    test: Literal["whole", "slide"] = "whole"
+    stride: int | None = Field(None, ge=1)
+    test_flip: bool = False
+    split: SplitName = "val"
+    pictures: int | None = Field(None, ge=1)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+
+    @field_validator("crop", mode="before")
+    @classmethod
+    def _square(cls, value: Any) -> Any:
+        return (value, value) if isinstance(value, int) else value
+
+    @field_validator("labels")
+    @classmethod
+    def _labels(cls, value: int | float | None) -> int | float | None:
+        if value is not None and (value <= 0 or (isinstance(value, float) and value >= 1)):
+            raise ValueError("a number of pictures (at least 1) or a share between 0 and 1")
+        return value
+
+
+def default_channels(width: int) -> int:
+    """Width of a head for an encoder of this width: 512 for ViT-B's 768, in proportion below, in multiples of 64."""
+    return max(64, min(512, width * 2 // 3 // 64 * 64))
+
+
+def device_of(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(name)
+    except RuntimeError as e:
+        raise ConfigError(f"device={name!r} is not a device: use auto, cpu, cuda or cuda:1.") from e
+
+
+def autocast(config: DenseConfig) -> Callable[[], AbstractContextManager[Any]]:
+    """A maker of contexts of the config's precision."""
+    device = device_of(config.device)
+    half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    return lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+
+@contextmanager
+def seeded(config: DenseConfig) -> Iterator[None]:
+    """The body's random numbers depend on the seed alone, and the caller's generators are left as they were."""
+    device = device_of(config.device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        yield
+
+
+def look(config: DenseConfig) -> Look:
+    """How the config says pictures are looked at in test."""
+    window = config.crop or (512, 512)
+    stride = (config.stride, config.stride) if config.stride else (window[0] // 2, window[1] // 2)
+    return Look(config.test, window, stride, config.short, config.test_flip, autocast(config))

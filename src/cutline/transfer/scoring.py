@@ -1,0 +1,50 @@
+"""What is scored and how it is recorded: the rows of a split, the protocol of a result, a few samples to look at."""
+
+from typing import Any
+
+from cutline.errors import DataError
+from cutline.record import Protocol
+from cutline.transfer.data import DenseData, Sample, Skip, Split
+from cutline.transfer.model import Dense
+from cutline.transfer.options import DenseConfig
+
+
+def scored_rows(config: DenseConfig, data: DenseData) -> tuple[Split, list[int], int]:
+    """The split to score, the rows of it that can be read, and how many were skipped."""
+    split = data.split(config.split)
+    wanted = config.pictures or data.default_pictures or len(split)
+    rows, skipped = split.usable(range(min(wanted, len(split))))
+    if not rows:
+        raise DataError(f"{data.spec}: the split {config.split!r} has no picture to score.")
+    return split, rows, sum(skipped.values())
+
+
+def protocol(
+    task: str, config: DenseConfig, data: DenseData, model: Dense, scored: int, skipped: int, **settings: Any
+) -> Protocol:
+    """How a score of `task` was measured: everything in the config, the data and what of them could be read."""
+    values = config.model_dump(mode="json", exclude={"seed", "split", "device"})
+    counts = {"scored": scored, "skipped": skipped, "trained": model.labels, "trained_skipped": model.skipped}
+    return Protocol(
+        task=task,
+        data=data.spec,
+        data_fingerprint=data.fingerprint,
+        split=config.split,
+        settings={**values, **data.notes, **counts, **settings},
+        encoder=model.source,
+        encoder_hash=model.source_hash,
+        seed=config.seed,
+    )
+
+
+def shown(config: DenseConfig, data: DenseData, count: int = 6) -> list[Sample]:
+    """A few samples spread over the scored split, for a look at predictions."""
+    split = data.split(config.split)
+    total = min(config.pictures or data.default_pictures or len(split), len(split))
+    samples = []
+    for row in range(0, total, max(1, total // count)):
+        try:
+            samples.append(split.read(row))
+        except Skip:
+            continue
+    return samples[:count]
