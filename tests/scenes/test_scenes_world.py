@@ -172,6 +172,14 @@ def test_no_object_is_rare() -> None:
     assert seen.max() < 2 * seen.mean()
 
 
+@pytest.mark.parametrize("objects", [24, 48, 96])
+def test_a_smaller_world_has_the_first_objects_of_each_family(objects: int) -> None:
+    allowed = {o.name for f in FAMILIES for o in [o for o in OBJECTS if o.family == f][: objects // 8]}
+    seen = {i.name for index in range(600) for i in layout(3, index, objects).items}
+    assert len(allowed) == objects
+    assert seen == allowed
+
+
 def test_the_table_of_objects_is_sane() -> None:
     assert len(OBJECTS) == 96
     assert [sum(o.family == f for o in OBJECTS) for f in FAMILIES] == [12] * 8
@@ -220,11 +228,12 @@ def test_spec_is_parsed() -> None:
 @pytest.mark.parametrize(
     ("spec", "says"),
     [
-        ("scenes:sise=64", "valid keys are n, size, seed, mix"),
+        ("scenes:sise=64", "valid keys are n, size, seed, mix, objects"),
         ("scenes:n=many", "n: .*many"),
         ("scenes:size=32", "48"),
         ("scenes:size=1000", "448"),
         ("scenes:mix=best", "web, mild, harsh"),
+        ("scenes:objects=50", "multiple of 8"),
         ("scenes:n", "key=value"),
         ("scenes:n=1,n=2", "twice"),
         ("camvid:x", "scenes:n="),

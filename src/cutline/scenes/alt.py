@@ -5,7 +5,7 @@ Kinds that help: `good` (a caption), `one` (one right object among many), `shop`
 `filename`, `boilerplate`, `empty`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from cutline.scenes.captions import article
 from cutline.scenes.dice import ALT, Dice
@@ -23,8 +23,10 @@ _MONTHS = ("January", "March", "May", "June", "August", "October", "December")
 _PEOPLE = ("Anna", "J. Smith", "Marco", "Lena K.", "user4821", "the author", "PhotoWorld", "Kim")
 
 
-def alt_text(scene: Scene, captions: list[str], mix: Mapping[str, float], seed: int, index: int) -> tuple[str, str]:
-    """The alt text of a scene, and its kind. `captions` are the scene's own."""
+def alt_text(
+    scene: Scene, captions: list[str], mix: Mapping[str, float], world: Sequence[int], seed: int, index: int
+) -> tuple[str, str]:
+    """The alt text of a scene, and its kind. `captions` are the scene's own, `world` the kinds of its world."""
     dice = Dice(seed, index, ALT)
     kind = list(mix)[dice.weighted(list(mix.values()))]
     if kind == "good":
@@ -41,7 +43,7 @@ def alt_text(scene: Scene, captions: list[str], mix: Mapping[str, float], seed: 
         return _foreign(dice, item), kind
     if kind == "wrong":
         here = {i.kind for i in scene.items}
-        name = OBJECTS[dice.choice([k for k in range(len(OBJECTS)) if k not in here])].name
+        name = OBJECTS[dice.choice([k for k in world if k not in here])].name
     else:
         name = OBJECTS[item.kind].name
     if OBJECTS[item.kind].hues and kind != "wrong" and dice.chance(0.4):

@@ -16,7 +16,7 @@ from functools import cache
 import numpy as np
 
 from cutline.scenes.dice import LAYOUT, Dice
-from cutline.scenes.objects import GROUNDS, OBJECTS, SKIES
+from cutline.scenes.objects import FAMILIES, GROUNDS, OBJECTS, SKIES
 from cutline.scenes.sheet import COARSE, aspects, coarse
 
 CAMERA = (0.1, 2.0)  # metres above the ground
@@ -68,10 +68,17 @@ class Scene:
     items: tuple[Item, ...]
 
 
-def layout(seed: int, index: int) -> Scene:
-    """The scene number `index` of the world `seed`."""
+@cache
+def kinds_of(objects: int) -> tuple[int, ...]:
+    """The kinds in a world of so many objects: the first of each family, evenly."""
+    each = objects // len(FAMILIES)
+    return tuple(k for k in range(len(OBJECTS)) if k % (len(OBJECTS) // len(FAMILIES)) < each)
+
+
+def layout(seed: int, index: int, objects: int = len(OBJECTS)) -> Scene:
+    """The scene number `index` of the world `seed` with so many kinds of objects."""
     dice = Dice(seed, index, LAYOUT)
-    anchor = dice.below(len(OBJECTS))  # drawn first and evenly, so that rare heights do not make rare objects
+    anchor = dice.choice(kinds_of(objects))  # drawn first and evenly, so that rare heights do not make rare objects
     height = math.exp(dice.uniform(*_window(anchor)))
     focal, horizon = dice.uniform(0.95, 1.5), dice.uniform(0.1, 0.42)
     warmth, bright = dice.uniform(-1, 1), dice.uniform(0.72, 1.12)
@@ -80,7 +87,7 @@ def layout(seed: int, index: int) -> Scene:
     ground, sky = dice.below(len(GROUNDS)), dice.below(len(SKIES))
     clouds, sun = (dice.uniform(), dice.uniform()), dice.uniform(-1, 1)
     count = 1 + dice.weighted(COUNTS)
-    kinds = _choose(dice, anchor, height, count)
+    kinds = _choose(dice, kinds_of(objects), anchor, height, count)
     items = _place(dice, kinds, height, focal, horizon)
     return Scene(height, focal, horizon, ground, sky, grain, clouds, light, sun, items)
 
@@ -97,16 +104,16 @@ def _weights() -> tuple[float, ...]:
     return tuple(1 / (high - low) for low, high in map(_window, range(len(OBJECTS))))
 
 
-def _choose(dice: Dice, anchor: int, height: float, count: int) -> list[int]:
+def _choose(dice: Dice, world: tuple[int, ...], anchor: int, height: float, count: int) -> list[int]:
     """Kinds of the objects: the anchor and others of fitting height, mostly of one or two families, some repeated."""
-    fitting = [k for k, o in enumerate(OBJECTS) if BAND[0] <= o.height / height <= BAND[1]]
+    fitting = [k for k in world if BAND[0] <= OBJECTS[k].height / height <= BAND[1]]
     theme = dice.uniform()
     families = {OBJECTS[anchor].family, OBJECTS[dice.choice(fitting)].family if theme > 0.4 else ""}
     themed = [k for k in fitting if theme > 0.7 or OBJECTS[k].family in families]
     kinds: list[int] = []
     kind = anchor
     while True:
-        if kind not in kinds:
+        if kind not in kinds or len(set(kinds)) == len(fitting):
             copies = 1 + dice.weighted((0.72, 0.16, 0.08, 0.04))
             kinds += [kind] * min(copies, count - len(kinds))
         if len(kinds) == count:

@@ -14,19 +14,24 @@ from cutline.record import fingerprint
 from cutline.scenes.alt import KINDS, MIXES, alt_text
 from cutline.scenes.captions import captions
 from cutline.scenes.draw import draw
-from cutline.scenes.layout import Scene, layout
+from cutline.scenes.layout import Scene, kinds_of, layout
+from cutline.scenes.objects import FAMILIES, OBJECTS
 
 WORLD = 1  # raise when the pictures, texts or labels of a (seed, index) change
 PREFIX = "scenes:"
 
 
 class SceneConfig(Config):
-    """n: scenes; size: side in pixels; seed: of the world; mix: of the alt texts, a name or shares by kind."""
+    """n: scenes; size: side in pixels; seed: of the world; mix: of the alt texts, a name or shares by kind.
+
+    objects: how many of the 96 the world has (a multiple of 8, the first of each family); `CLASSES` stay the same.
+    """
 
     n: int = Field(20_000, ge=1, lt=2**40)
     size: int = Field(64, ge=48, le=448)
     seed: int = Field(0, ge=0, lt=2**63)
     mix: str | dict[str, float] = "web"
+    objects: int = Field(len(OBJECTS), ge=24, le=len(OBJECTS), multiple_of=len(FAMILIES))
 
     @field_validator("mix")
     @classmethod
@@ -70,17 +75,17 @@ def parse_spec(spec: str) -> SceneConfig:
 
 
 def render(seed: int, index: int, size: int, config: SceneConfig | None = None) -> dict[str, Any]:
-    """Everything about one scene: the columns of `Scenes` as a dict. `config` only gives the mix of alt texts."""
-    shares = (config or SceneConfig.model_validate({})).shares()
-    return _row(seed, index, size, shares, set(COLUMNS))
+    """Everything about one scene: the columns of `Scenes` as a dict. `config` only gives the mix and the objects."""
+    config = config or SceneConfig.model_validate({})
+    return _row(seed, index, size, config.objects, config.shares(), set(COLUMNS))
 
 
 _LABELS = ("semantic", "depth", "instances", "boxes", "objects")
 COLUMNS = ("key", "image", "width", "height", "alt", "alt_kind", "captions", *_LABELS)
 
 
-def _row(seed: int, index: int, size: int, shares: dict[str, float], columns: set[str]) -> dict[str, Any]:
-    scene = layout(seed, index)
+def _row(seed: int, index: int, size: int, objects: int, shares: dict[str, float], columns: set[str]) -> dict[str, Any]:
+    scene = layout(seed, index, objects)
     row: dict[str, Any] = {"key": f"s{seed}-{index:08d}", "width": size, "height": size}
     labels = not columns.isdisjoint(_LABELS)
     if labels or "image" in columns:
@@ -89,7 +94,7 @@ def _row(seed: int, index: int, size: int, shares: dict[str, float], columns: se
         row["objects"] = _objects(scene, row["boxes"])
     if not columns.isdisjoint(("captions", "alt", "alt_kind")):
         row["captions"] = captions(scene, seed, index)
-        row["alt"], row["alt_kind"] = alt_text(scene, row["captions"], shares, seed, index)
+        row["alt"], row["alt_kind"] = alt_text(scene, row["captions"], shares, kinds_of(objects), seed, index)
     return row
 
 
@@ -115,7 +120,9 @@ class Scenes:
     def __init__(self, config: SceneConfig) -> None:
         self.config = config
         self.columns = list(COLUMNS)
-        self.fingerprint = fingerprint("scenes", WORLD, config.n, config.size, config.seed, config.shares())
+        self.fingerprint = fingerprint(
+            "scenes", WORLD, config.n, config.size, config.seed, config.shares(), config.objects
+        )
         self._shares = config.shares()
 
     def __len__(self) -> int:
@@ -130,5 +137,5 @@ class Scenes:
         if outside:
             raise DataError(f"there is no scene {outside[0]}: rows run from 0 to {self.config.n - 1}.")
         wanted, c = set(columns), self.config
-        drawn = (_row(c.seed, int(r), c.size, self._shares, wanted) for r in rows)
+        drawn = (_row(c.seed, int(r), c.size, c.objects, self._shares, wanted) for r in rows)
         return [{name: row[name] for name in columns} for row in drawn]
