@@ -58,5 +58,5 @@ def run_cutline(*args: str, cwd: Path | None = None, timeout: float = 240) -> su
     """Run the command line in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "cutline.cli", *args], capture_output=True, text=True, timeout=timeout, cwd=cwd,
-        env=os.environ | {"OMP_NUM_THREADS": "2", "COLUMNS": "160", "CUDA_VISIBLE_DEVICES": ""},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip

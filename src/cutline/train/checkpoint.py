@@ -6,6 +6,9 @@ Written by `torch.distributed.checkpoint`, so the same code serves one process a
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +40,8 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
     if size > 1:
         dist.barrier()
     try:
-        dcp.save(state, checkpoint_id=str(temporary), no_dist=size == 1)
+        with _quiet():
+            dcp.save(state, checkpoint_id=str(temporary), no_dist=size == 1)
     except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TrainingError(
@@ -58,11 +62,20 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 def load(path: Path, state: dict[str, Any]) -> None:
     """Fill `state` in place: tensors are overwritten, plain values replaced. Raises `TrainingError` if it does not fit."""
     try:
-        dcp.load(state, checkpoint_id=str(path), no_dist=world()[1] == 1)
+        with _quiet():
+            dcp.load(state, checkpoint_id=str(path), no_dist=world()[1] == 1)
     except Exception as e:
         raise TrainingError(
             f"checkpoint {path} does not fit this run ({e}). Resume with the recipe it was made with, or choose another --out."
         ) from e
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's warning that one process saves alone, which is what `no_dist` says."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def rng_state() -> dict[str, torch.Tensor]:

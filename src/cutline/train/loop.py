@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,6 +123,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, source: Source | None
         if world()[0] == 0:
             model = run.trainee.model if run.average is None else run.average.module
             towers.save(model, out / ".model")
+            shutil.rmtree(out / "model", ignore_errors=True)
             os.replace(out / ".model", out / "model")  # there is a model when, and only when, the run is finished
     return out
 

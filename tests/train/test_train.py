@@ -1,0 +1,261 @@
+"""The training loop: exact resume, kills, losses that are not finite, the run directory, two processes, EMA."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+from conftest import on_two_processes, run_cutline
+
+from cutline import towers
+from cutline.config import dump
+from cutline.errors import ConfigError, TrainingError
+from cutline.train import checkpoint, loop
+from cutline.train.optim import param_groups, schedule, set_lr
+from cutline.train.recipe import Recipe
+
+TOWERS = {
+    "custom": {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 48, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16},
+        "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "layers": 1, "heads": 1},
+    }
+}
+
+
+def recipe(**train: Any) -> Recipe:
+    return Recipe.model_validate({
+        "name": "test",
+        "data": {"pairs": "scenes:n=64,size=48,seed=1", "cache": True, "threads": 1, "text": {"columns": {"captions": 1}}},
+        "towers": TOWERS,
+        "train": {"batch": 8, "samples": 96, "warmup": 2, "save_every": 4, "log_every": 1, "lr": 1e-3} | train,
+    })  # fmt: skip
+
+
+def losses(run: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert len({r["step"] for r in rows}) == len(rows)
+    return {r["step"]: r["loss"] for r in rows}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run of 12 steps."""
+    return loop.train(recipe(), tmp_path_factory.mktemp("whole") / "run")
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return towers.load(str(run)).state_dict()
+
+
+def test_run_directory_holds_everything(whole):
+    assert {p.name for p in whole.iterdir()} == {"recipe.yaml", "metrics.jsonl", "tensorboard", "checkpoints", "model"}
+    assert [p.name for p in checkpoint.saved(whole / "checkpoints")] == ["step-00000008", "step-00000012"]
+    row = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row.keys() >= {"loss", "contrastive/text", "grad_norm", "logit_scale", "images_per_second", "data_wait",
+                          "peak_memory_gib", "lr", "skipped_steps"}  # fmt: skip
+    assert row["samples"] == 96
+    assert any(p.name.startswith("events") for p in (whole / "tensorboard").iterdir())
+
+
+def test_model_opens_in_open_clip_with_equal_outputs(whole):
+    ours = towers.load(str(whole))
+    theirs = open_clip.create_model(f"local-dir:{whole / 'model'}").eval()
+    x = torch.randn(2, 3, 48, 48)
+    torch.testing.assert_close(ours.encode_image(x), theirs.encode_image(x), rtol=1e-5, atol=1e-6)
+
+
+def test_resume_gives_identical_losses_and_weights(whole, tmp_path, monkeypatch):
+    """Stopped after step 7, so that three steps past the last checkpoint are done again."""
+    real, calls = loop.train_step, []
+
+    def stop_at_7(run, batch):
+        if run.step == 7 and not calls:
+            calls.append(1)
+            raise KeyboardInterrupt
+        return real(run, batch)
+
+    monkeypatch.setattr(loop, "train_step", stop_at_7)
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(recipe(), tmp_path / "run")
+    assert max(losses(tmp_path / "run")) == 7
+    assert not (tmp_path / "run" / "model").exists()
+    loop.train(recipe(), tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == losses(whole)
+    for name, value in weights(whole).items():
+        assert torch.equal(value, weights(tmp_path / "run")[name]), name
+
+
+def test_resume_after_sigkill_gives_identical_losses(whole, tmp_path):
+    (tmp_path / "r.yaml").write_text(dump(recipe()))
+    command = [sys.executable, "-m", "cutline.cli", "train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run")]
+    child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not checkpoint.saved(tmp_path / "run" / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    done = run_cutline("train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run"), "--resume")
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=0)
+
+
+def test_nan_losses_are_skipped_and_counted_and_leave_the_weights(tmp_path, monkeypatch):
+    run = loop.prepare(recipe(), tmp_path / "run", resume=False)
+    batch = next(run.stream.batches())
+    before = {k: v.clone() for k, v in run.trainee.state_dict().items()}
+    bad = batch.to(run.device)
+    bad.views["image"] = bad.views["image"] * math.nan
+    assert math.isnan(loop.train_step(run, bad)["loss"])
+    assert run.bad == 1
+    assert all(torch.equal(v, before[k]) for k, v in run.trainee.state_dict().items())
+    loop.train_step(run, batch.to(run.device).__class__(**vars(bad)))
+    with pytest.raises(TrainingError, match=rf"3 steps in a row.*step 0.*{batch.keys[0]}.*train.lr"):
+        loop.train_step(run, bad)
+
+
+def test_a_good_step_ends_the_row_of_bad_ones(tmp_path):
+    run = loop.prepare(recipe(), tmp_path / "run", resume=False)
+    good = next(run.stream.batches())
+    bad = next(run.stream.batches())
+    bad.views["image"] = bad.views["image"] * math.inf
+    for batch in (bad, bad, good, bad, bad):
+        loop.train_step(run, batch)
+    assert (run.bad, run.bad_in_row) == (4, 2)
+
+
+def test_an_existing_run_is_not_overwritten(whole):
+    with pytest.raises(ConfigError, match="already holds a run.*--resume"):
+        loop.train(recipe(), whole)
+
+
+def test_resume_with_another_recipe_is_refused(whole):
+    with pytest.raises(ConfigError, match="recipe differs"):
+        loop.train(recipe(lr=5e-4), whole, resume=True)
+
+
+def test_full_disk_keeps_the_earlier_checkpoints(tmp_path, monkeypatch):
+    folder = tmp_path / "checkpoints"
+    checkpoint.save(folder, 1, {"x": torch.ones(2)}, keep=2)
+
+    def no_room(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.dcp, "save", no_room)
+    with pytest.raises(TrainingError, match="No space left.*--resume"):
+        checkpoint.save(folder, 2, {"x": torch.zeros(2)}, keep=2)
+    state = {"x": torch.zeros(2)}
+    checkpoint.load(checkpoint.saved(folder)[-1], state)
+    assert state["x"].tolist() == [1, 1]
+
+
+def test_ema_is_the_average_by_its_formula_and_is_what_is_saved(tmp_path):
+    run = loop.prepare(recipe(ema=0.5, samples=24), tmp_path / "run", resume=False)
+    name = "positional_embedding"
+    average = None
+    for batch in run.stream.batches(until=3):
+        loop.train_step(run, batch)
+        run.step += 1
+        now = run.trainee.model.state_dict()[name].clone()
+        average = now if average is None else 0.5 * average + 0.5 * now
+    torch.testing.assert_close(run.average.module.state_dict()[name], average)
+    loop.train(recipe(ema=0.5, samples=24), tmp_path / "saved")
+    torch.testing.assert_close(weights(tmp_path / "saved")[name], average)
+
+
+def test_logit_scale_never_passes_its_maximum(tmp_path):
+    run = loop.prepare(recipe(max_logit_scale=14.3, lr=0.5, warmup=0, clip=None), tmp_path / "run", resume=False)
+    for batch in run.stream.batches(until=4):
+        assert loop.train_step(run, batch)["logit_scale"] <= 14.3 + 1e-4
+
+
+def test_loss_falls_on_a_handful_of_scenes(tmp_path):
+    small = recipe(samples=480, lr=3e-3)
+    small.data.pairs = "scenes:n=8,size=48,seed=1"
+    values = losses(loop.train(small, tmp_path / "run"))
+    assert values[1] > math.log(8) - 0.3
+    assert values[60] < 0.5 * values[1]
+
+
+TWO = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from cutline.config import load
+from cutline.train.recipe import Recipe
+from cutline.train.loop import train
+train(load(Recipe, sys.argv[1]), Path(sys.argv[2]), resume=len(sys.argv) > 3)
+"""
+
+
+def test_two_processes_train_like_one(tmp_path):
+    """The same batches, losses and weights up to the order of float sums; and a second start goes on."""
+    plain = recipe(samples=32)
+    (tmp_path / "r.yaml").write_text(dump(plain))
+    on_two_processes(TWO, str(tmp_path / "r.yaml"), str(tmp_path / "two"), folder=tmp_path)
+    one = loop.train(plain, tmp_path / "one")
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), abs=1e-4)
+    for name, value in weights(one).items():
+        torch.testing.assert_close(value, weights(tmp_path / "two")[name], rtol=1e-3, atol=2e-4)
+    on_two_processes(TWO, str(tmp_path / "r.yaml"), str(tmp_path / "two"), "resume", folder=tmp_path)
+    assert losses(tmp_path / "two") == pytest.approx(losses(one), abs=1e-4)
+
+
+def test_schedule_by_hand():
+    assert [schedule(s, 10, warmup=4) for s in range(4)] == [0.25, 0.5, 0.75, 1.0]
+    assert schedule(7, 10, warmup=4) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+    assert schedule(7, 10, 4, "poly", power=0.9) == pytest.approx(0.5**0.9)
+    assert schedule(10, 10, 4, floor=0.1) == pytest.approx(0.1)
+    assert schedule(9, 10, 4, "constant") == 1.0
+
+
+def test_decay_groups_and_layer_rates():
+    model = towers.build(towers.TowerConfig(**TOWERS))
+    groups = param_groups(model, 1e-3, 0.2, 0.5, lambda name: 0 if "embed" in name else 2, num_layers=2)
+    named = {n: g for g in groups for n in g["names"]}
+    assert named["visual.positional_embedding"]["weight_decay"] == 0
+    assert named["logit_scale"]["weight_decay"] == 0
+    assert named["visual.transformer.resblocks.0.ln_1.weight"]["weight_decay"] == 0
+    assert named["visual.transformer.resblocks.0.mlp.c_fc.weight"]["weight_decay"] == 0.2
+    assert named["visual.transformer.resblocks.0.mlp.c_fc.weight"]["lr"] == pytest.approx(1e-3 * 0.5)
+    assert named["visual.positional_embedding"]["lr"] == pytest.approx(1e-3 * 0.5**3)
+    optimiser = torch.optim.AdamW(groups)
+    set_lr(optimiser, 2e-3)
+    assert optimiser.param_groups[0]["lr"] == pytest.approx(2e-3 * optimiser.param_groups[0]["scale"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objectives": {"contrastve": {}}}, r"unknown key 'objectives.contrastve'.*did you mean 'contrastive'"),
+        ({"objectives": {"contrastive": {"weigt": 1}}}, r"unknown key 'objectives.contrastive.weigt'.*'weight'"),
+        ({"objectives": {"contrastive": {"weight": 0}}}, "no objective has a weight above 0"),
+    ],
+)
+def test_wrong_objectives_are_named(tmp_path, changes, message):
+    import yaml
+
+    values = yaml.safe_load(dump(recipe())) | changes
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ConfigError, match=message):
+        loop.load(Recipe, tmp_path / "r.yaml")
+
+
+def test_unknown_text_column_is_named(tmp_path):
+    wrong = recipe()
+    wrong.data.text.columns = {"captoins": 1.0}
+    with pytest.raises(ConfigError, match="captoins"):
+        loop.train(wrong, tmp_path / "run")
+
+
+def test_batch_larger_than_the_data_says_so(tmp_path):
+    with pytest.raises(ConfigError, match="train.batch"):
+        loop.train(recipe(batch=128), tmp_path / "run")
