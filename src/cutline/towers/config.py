@@ -16,7 +16,6 @@ class TowerConfig(Config):
     weights file (safetensors, or a state dict that torch loads without pickle). quick_gelu: None takes what the
     architecture says; a checkpoint that disagrees is refused. image_size, context_length: None for the architecture's
     own; positional embeddings of a checkpoint are fitted (images: bicubic; a shorter context: cut, with equal outputs).
-    channels_last: memory format of convolution weights; None: on for towers that are mostly convolutions.
     """
 
     model: str | None = None
@@ -25,7 +24,6 @@ class TowerConfig(Config):
     quick_gelu: bool | None = None
     image_size: int | None = Field(default=None, ge=8)
     context_length: int | None = Field(default=None, ge=3)
-    channels_last: bool | None = None
 
     @model_validator(mode="after")
     def _one_source(self) -> "TowerConfig":

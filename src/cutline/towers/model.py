@@ -12,11 +12,12 @@ from typing import Any, cast
 
 import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
-from open_clip.transformer import TextTransformer, text_global_pool
+from open_clip.transformer import TextTransformer, VisionTransformer, text_global_pool
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cutline.errors import CutlineError
+from cutline.towers.pooling import finishes_one, one_token
 
 
 class Model(nn.Module):
@@ -47,8 +48,10 @@ class Model(nn.Module):
 
 
 class ClipModel(CLIP, Model):  # type: ignore[misc]
-    """open_clip's CLIP (text tower at the top level)."""
+    """open_clip's CLIP (text tower at the top level). In eval mode its image embeddings are open_clip's to the bit; in
+    training the last blocks are finished for the pooled token alone (`towers.pooling`)."""
 
+    visual: Any
     context_length: int
     transformer: Any
     token_embedding: Any
@@ -60,21 +63,32 @@ class ClipModel(CLIP, Model):  # type: ignore[misc]
     def trimmable(self) -> bool:
         return self.attn_mask is not None and self.text_pool_type in ("argmax", "eos", "first")
 
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        v = self.visual
+        if self.training and _pools_class_token(v) and finishes_one(v.transformer):
+            x = v._embeds(image)
+            x = v.ln_post(one_token(v.transformer, x, torch.zeros(len(x), dtype=torch.long, device=x.device)))
+            x = _project(x, v.proj)
+        else:
+            x = v(image)
+        return F.normalize(x, dim=-1) if normalize else x
+
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
         n = _length(text, self.context_length, self.trimmable)
         dtype = self.transformer.get_cast_dtype()
         x = self.token_embedding(text).to(dtype) + self.positional_embedding[:n].to(dtype)  # (M, n, width)
-        x = self.transformer(x, attn_mask=None if self.attn_mask is None else self.attn_mask[:n, :n])
-        x = text_global_pool(self.ln_final(x), text, self.text_pool_type, eos_token_id=self.text_eos_id)
-        if isinstance(self.text_projection, nn.Linear):
-            x = self.text_projection(x)
-        elif self.text_projection is not None:
-            x = x @ self.text_projection
-        return F.normalize(x, dim=-1) if normalize else cast(Tensor, x)
+        mask = None if self.attn_mask is None else self.attn_mask[:n, :n]
+        if self.training and self.text_pool_type == "argmax" and finishes_one(self.transformer):
+            x = self.ln_final(one_token(self.transformer, x, text.argmax(dim=-1), mask))
+        else:
+            x = self.ln_final(self.transformer(x, attn_mask=mask))
+            x = text_global_pool(x, text, self.text_pool_type, eos_token_id=self.text_eos_id)
+        x = _project(x, self.text_projection)
+        return F.normalize(x, dim=-1) if normalize else x
 
 
 class TextTower(TextTransformer):  # type: ignore[misc]
-    """open_clip's TextTransformer with its causal mask cut to the input."""
+    """open_clip's TextTransformer with its causal mask cut to the input, and its last block as in `ClipModel`."""
 
     @property
     def trimmable(self) -> bool:
@@ -85,6 +99,13 @@ class TextTower(TextTransformer):  # type: ignore[misc]
         n = _length(text, self.context_length, self.trimmable)
         x, mask = super()._embeds(text)
         return x, mask[:n, :n] if self.trimmable else mask
+
+    def forward(self, text: Tensor) -> Any:
+        plain = self.pool_type == "argmax" and self.cls_emb is None and not self.use_pad_mask and not self.output_tokens
+        if not (self.training and plain and finishes_one(self.transformer)):
+            return super().forward(text)
+        x, mask = self._embeds(text)
+        return _project(self.ln_final(one_token(self.transformer, x, text.argmax(dim=-1), mask)), self.text_projection)
 
 
 class CustomTextModel(CustomTextCLIP, Model):  # type: ignore[misc]
@@ -132,14 +153,28 @@ class ImageModel(Model):
         raise CutlineError(f"{self.name} is an image tower without a text tower: use an open_clip model for texts.")
 
 
-def fast(model: nn.Module, channels_last: bool | None = None) -> nn.Module:
-    """Set what makes a step faster and changes no value: channels-last convolution weights; returns `model`.
+def fast(model: nn.Module) -> nn.Module:
+    """Lay `model` out for speed on the device it is on; values stay. Returns `model`.
 
-    channels_last: None turns it on for towers that are mostly convolutions (a ViT has one).
+    Towers that are mostly convolutions get channels-last weights on a GPU. Not on the CPU: there it gains nothing, and
+    the weight gradient of a strided 1×1 convolution on three channels, which MobileCLIP's towers begin with, corrupts
+    memory in channels-last (torch 2.15).
     """
-    if channels_last is None:
-        channels_last = sum(isinstance(m, nn.Conv2d) for m in model.modules()) > 8
-    return model.to(memory_format=torch.channels_last) if channels_last else model
+    convolutions = sum(isinstance(m, nn.Conv2d) for m in model.modules())
+    if convolutions > 8 and all(p.is_cuda for p in model.parameters()):
+        model.to(memory_format=torch.channels_last)
+    return model
+
+
+def _project(x: Tensor, projection: Any) -> Tensor:
+    if projection is None:
+        return x
+    return cast(Tensor, projection(x) if isinstance(projection, nn.Linear) else x @ projection)
+
+
+def _pools_class_token(visual: Any) -> bool:
+    plain = isinstance(visual, VisionTransformer) and visual.attn_pool is None and not visual.output_tokens
+    return plain and visual.pool_type == "tok"
 
 
 def _length(text: Tensor, context: int, trimmable: bool) -> int:

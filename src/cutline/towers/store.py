@@ -48,7 +48,7 @@ def build(config: TowerConfig, device: str | torch.device = "cpu") -> Model:
         cfg, preprocess, weights = _architecture(config)
     model = _create(cfg, preprocess, weights, config)
     model.name = config.model or "custom"
-    return fast(model, config.channels_last).to(device)  # type: ignore[return-value]
+    return fast(model.to(device))  # type: ignore[return-value]
 
 
 def load(name: str, device: str | torch.device = "cpu") -> Model:
