@@ -15,7 +15,7 @@ from cutline.scenes.objects import OBJECTS
 KINDS = ("good", "one", "shop", "foreign", "wrong", "filename", "boilerplate", "empty")
 USEFUL = ("good", "one", "shop", "foreign")
 MIXES: dict[str, dict[str, float]] = {
-    "web": dict(zip(KINDS, (0.08, 0.30, 0.12, 0.05, 0.10, 0.17, 0.15, 0.03), strict=True)),
+    "web": dict(zip(KINDS, (0.12, 0.36, 0.08, 0.04, 0.08, 0.15, 0.14, 0.03), strict=True)),
     "mild": dict(zip(KINDS, (0.25, 0.55, 0.08, 0.02, 0.03, 0.04, 0.03, 0.0), strict=True)),
     "harsh": dict(zip(KINDS, (0.02, 0.13, 0.06, 0.04, 0.20, 0.27, 0.23, 0.05), strict=True)),
 }
