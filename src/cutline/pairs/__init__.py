@@ -12,10 +12,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from cutline.pairs.checking import check
     from cutline.pairs.decode import BadPicture
+    from cutline.pairs.exporting import export
     from cutline.pairs.ingest import create
     from cutline.pairs.provenance import Provenance
     from cutline.pairs.report import CheckReport, IngestReport
+    from cutline.pairs.rows import create_from_rows
     from cutline.pairs.table import Pairs
 
 _HOME = {
@@ -24,9 +27,22 @@ _HOME = {
     "IngestReport": "report",
     "Pairs": "table",
     "Provenance": "provenance",
+    "check": "checking",
     "create": "ingest",
+    "create_from_rows": "rows",
+    "export": "exporting",
 }
-__all__ = ["BadPicture", "CheckReport", "IngestReport", "Pairs", "Provenance", "create"]
+__all__ = [
+    "BadPicture",
+    "CheckReport",
+    "IngestReport",
+    "Pairs",
+    "Provenance",
+    "check",
+    "create",
+    "create_from_rows",
+    "export",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,7 @@ def create(
     *,
     alt: str | None = None,
     captions: str | None = None,
+    image: str | None = None,
     fields: Mapping[str, str] | None = None,
     inline: bool = False,
     need_text: bool = True,
@@ -52,6 +53,7 @@ def create(
     sources: tar shards with brace and glob patterns, … (`cutline.pairs.sources.KINDS`).
     alt, captions: the fields with the alt text and the captions. A field is a tar member's extension or the name of a
     column; `json:key` reaches into JSON. fields: more columns, name → field.
+    image: the column of a csv, tsv, jsonl or parquet file that holds paths or bytes, where its name does not tell.
     inline: store the pictures in the table instead of pointing at them. need_text: skip pictures without any text.
     prefix_keys: put the shard's name before each key, for shards that each count from zero.
     max_bad: the share of skipped samples above which `DataError` stops the work.
@@ -62,7 +64,7 @@ def create(
     for name in fields:
         if name in (*OWN, "alt", "captions") or not name.isidentifier():
             raise DataError(f"{name!r} cannot be the name of a field: use a new name of letters, digits and _.")
-    feeds = open_feeds(sources)
+    feeds = open_feeds(sources, image)
     wanted = []
     with_captions = bool(captions) or any(f.captions for f in feeds)
     for feed in feeds:
@@ -71,8 +73,11 @@ def create(
             columns["captions"] = captions or feed.captions or ""
         wanted.append(Wanted(columns | fields, frozenset({"alt", "captions"} & columns.keys()), inline, prefix_keys))
     settings = {"alt": alt, "captions": captions, "fields": fields, "inline": inline, "need_text": need_text}
+    named = [str(s) for s in sources]
     provenance = Provenance(
-        how="create", inputs=[str(s) for s in sources], settings=settings | {"prefix_keys": prefix_keys}
+        how="create",
+        inputs=named if len(named) <= 8 else [*named[:8], f"and {len(named) - 8:,} more"],
+        settings=settings | {"prefix_keys": prefix_keys},
     )
     return ingest(out, feeds, wanted, provenance, need_text=need_text, max_bad=max_bad, show=show)
 

@@ -72,6 +72,28 @@ class PictureReader:
                 out[i] = value
         return out
 
+    def names(self, descriptors: pa.StructArray) -> list[str | None]:
+        """The file name of each picture that lies outside the table, read off the tar's header where it is in one."""
+        out: list[str | None] = []
+        for d in descriptors.to_pylist():
+            if d is None or d["kind"] != EXTERNAL:
+                out.append(None)
+            elif not d["size"]:
+                out.append(os.path.basename(local_path(d["blob_uri"])))
+            else:
+                out.append(self._member(d["blob_uri"], d["position"]))
+        return out
+
+    def _member(self, uri: str, position: int) -> str | None:
+        if not uri.startswith("file:") or position < 512:
+            return None
+        try:
+            header = os.pread(self.files.get(uri).fileno(), 512, position - 512)
+        except OSError:
+            return None
+        name = header[:100].rstrip(b"\0")
+        return name.decode("utf-8", "replace") if header[257:262] == b"ustar" and len(name) < 100 else None
+
     def _local(self, uri: str, position: int, size: int) -> Bytes:
         try:
             if not size:  # the whole file

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cutline.errors import DataError
+from cutline.pairs.coco import CocoFeed
+from cutline.pairs.files import TABLES, FolderFeed, TableFeed, names_pictures
 from cutline.pairs.samples import Feed
 from cutline.pairs.tars import TarFeed
 
@@ -35,8 +37,11 @@ def expand(pattern: str) -> list[str]:
     return list(itertools.chain.from_iterable(expand(head + c + tail) for c in choices))
 
 
-def open_feeds(sources: Sequence[str | Path]) -> list[Feed]:
-    """One feed per source (several tar patterns in a row make one). Raises `DataError` for what is not there."""
+def open_feeds(sources: Sequence[str | Path], image: str | None = None) -> list[Feed]:
+    """One feed per source, the tar shards of all patterns together first. Raises `DataError` for what is not there.
+
+    image: the column of a table that holds the pictures' paths or bytes, where its name does not tell.
+    """
     if not sources:
         raise DataError(f"no source was given. A source is {KINDS}.")
     feeds: list[Feed] = []
@@ -45,10 +50,33 @@ def open_feeds(sources: Sequence[str | Path]) -> list[Feed]:
         if re.search(r"\.tar(\.\w+)?$|\.tgz$", source):
             shards += _files(source)
             continue
-        raise DataError(f"cannot tell what kind of source {source!r} is. A source is {KINDS}.")
+        feeds += _open(source, image)
     if shards:
         feeds.insert(0, TarFeed(shards))
     return feeds
+
+
+def _open(source: str, image: str | None) -> list[Feed]:
+    if source.startswith("coco:"):
+        return [CocoFeed(source.removeprefix("coco:"))]
+    if source.startswith("hf:"):
+        from cutline.pairs.huggingface import HuggingFaceFeed
+
+        return [HuggingFaceFeed(source.removeprefix("hf:"), image)]
+    if source.endswith(TABLES):
+        return [TableFeed(path, None, image) for path in _files(source)]
+    folder = Path(source)
+    if folder.is_dir():
+        tables = sorted(p for p in folder.iterdir() if p.suffix in TABLES and names_pictures(p, image))
+        if len(tables) > 1:
+            raise DataError(
+                f"the folder {source!r} holds several tables of pictures: {', '.join(p.name for p in tables)}. "
+                "Name the one you mean as the source."
+            )
+        return [TableFeed(tables[0], folder, image)] if tables else [FolderFeed(folder)]
+    if folder.exists() or "://" in source:
+        raise DataError(f"cannot tell what kind of source {source!r} is. A source is {KINDS}.")
+    raise DataError(f"no such file or folder: {source!r}. A source is {KINDS}.")
 
 
 def _files(pattern: str) -> list[Path]:

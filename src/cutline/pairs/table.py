@@ -15,10 +15,13 @@ import pyarrow as pa
 
 from cutline import record
 from cutline.errors import DataError
+from cutline.pairs.columns import Function
+from cutline.pairs.info import Info
 from cutline.pairs.ingest import REPORT, SHAPE, STATE, table_shape
 from cutline.pairs.pictures import PictureReader
 from cutline.pairs.provenance import CONTENT, KEY, Provenance
 from cutline.pairs.report import IngestReport
+from cutline.pairs.samples import OWN
 
 Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
 
@@ -80,14 +83,14 @@ class Pairs:
     def _count(self) -> int:
         return int(self.dataset.count_rows())
 
-    @property
+    @cached_property
     def schema(self) -> pa.Schema:
         """Arrow schema, with what is known about each column in its field metadata."""
         return self.dataset.schema
 
-    @property
+    @cached_property
     def columns(self) -> list[str]:
-        return list(self.dataset.schema.names)
+        return list(self.schema.names)
 
     @property
     def version(self) -> int:
@@ -113,6 +116,10 @@ class Pairs:
         text = (self.schema.field(column).metadata or {}).get(KEY.encode())
         return Provenance.model_validate_json(text) if text else None
 
+    def info(self) -> Info:
+        """What `cutline pairs info` prints."""
+        return Info(self)
+
     @cached_property
     def fingerprint(self) -> str:
         """Sixteen hex digits of the contents: columns, values, filter; equal for the same data at another place.
@@ -131,6 +138,27 @@ class Pairs:
     def _files(self) -> list[str]:
         return [f.path for fragment in self.dataset.get_fragments() for f in fragment.data_files()]
 
+    def take(self, rows: Sequence[int] | Rows, columns: Sequence[str]) -> pa.Table:
+        """Columns of some rows as Arrow, in the order asked; pictures come as Lance's descriptors, not as bytes."""
+        self._check(columns)
+        return self.dataset.take(self._index(rows), columns=list(columns))
+
+    def picture_names(self, rows: Sequence[int] | Rows) -> list[str | None]:
+        """The file names that the pictures had where they lie; None for those stored in the table."""
+        return self._readers["image"].names(_one_chunk(self.take(rows, ["image"])["image"]))
+
+    def picture_uris(self, rows: Sequence[int] | Rows) -> list[str | None]:
+        """The URIs of the files that hold the pictures; None for those stored in the table."""
+        column = self.take(rows, ["image"])["image"].to_pylist()
+        return [(d or {}).get("blob_uri") or None for d in column]
+
+    def _index(self, rows: Sequence[int] | Rows) -> Rows:
+        """Row numbers in the Lance table."""
+        index = np.asarray(rows, dtype=np.int64)
+        if len(index) and (index.min() < 0 or index.max() >= len(self)):
+            raise IndexError(f"rows {index.min()} to {index.max()} asked of a table with {len(self)}")
+        return index if self.rows is None else self.rows[index]
+
     def read(self, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
         """One dict per row, in the order asked (rows may repeat), with the columns asked for.
 
@@ -139,13 +167,9 @@ class Pairs:
         and IndexError for a row that is not there.
         """
         self._check(columns)
-        index = np.asarray(rows, dtype=np.int64)
+        index = self._index(rows)
         if not len(index):
             return []
-        if index.min() < 0 or index.max() >= len(self):
-            raise IndexError(f"rows {index.min()} to {index.max()} asked of a table with {len(self)}")
-        if self.rows is not None:
-            index = self.rows[index]
         table = self.dataset.take(index, columns=list(columns)).combine_chunks()
         out: list[dict[str, Any]] = [{} for _ in rows]
         for name in columns:
@@ -159,6 +183,44 @@ class Pairs:
                 if error is not None:
                     item["error"] = error
         return out
+
+    def add_column(
+        self,
+        name: str,
+        values: "Sequence[Any] | pa.Array | Function",
+        *,
+        columns: Sequence[str] = ("key",),
+        type: "pa.DataType | str | None" = None,
+        provenance: Provenance | None = None,
+        batch: int = 256,
+        restart: bool = False,
+        show: bool = True,
+    ) -> "Pairs":
+        """Add a column in a new version of the table, and return the table at that version.
+
+        values: one for each row, or a function from rows (as `read` gives them, with `columns`) to one value for each.
+        Results of a function are kept as they come, so after a kill the same call goes on behind the last `batch`;
+        whether it is the same is judged by `provenance` and the settings (the function itself cannot be compared).
+        restart drops what an earlier start left. With a filter, rows outside it become null.
+        type: an Arrow type, or "blob" for large bytes that are read one by one; None takes the type of the first batch.
+
+        Raises `DataError` for a column that exists, rows that changed meanwhile, and values that do not fit.
+        """
+        from cutline.pairs.adding import add_column
+
+        return add_column(self, name, values, columns, type, provenance, batch, restart, show)
+
+    def drop(self, name: str) -> "Pairs":
+        """The table without a column, as a new version; older versions keep it. Raises `DataError`."""
+        self._check([name])
+        if name in OWN:
+            raise DataError(f"the column {name!r} cannot be dropped: every table of pairs has it.")
+        dataset = lance.dataset(self.path)
+        try:
+            dataset.drop_columns([name])
+        except (OSError, ValueError) as e:
+            raise DataError(f"the column {name!r} could not be dropped: {e}") from e
+        return Pairs.open(self.path, self.filter)
 
     def _check(self, columns: Sequence[str]) -> None:
         unknown = [c for c in columns if c not in self.columns]

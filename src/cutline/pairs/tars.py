@@ -133,7 +133,7 @@ def _text(data: bytes) -> str:
 
 def _name(name: bytes, prefix: bytes, magic: bytes) -> str:
     name = name.split(b"\0", 1)[0]
-    if prefix[0] and magic == b"ustar\0":  # GNU's own format uses the bytes of the prefix for other things
+    if prefix[0] and magic[:6] == b"ustar\0":  # GNU's own format uses the bytes of the prefix for other things
         name = prefix.split(b"\0", 1)[0] + b"/" + name
     return name.decode("utf-8", "surrogateescape")
 
