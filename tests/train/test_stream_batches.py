@@ -82,13 +82,14 @@ def same(a: Batch, b: Batch) -> bool:
 @pytest.mark.parametrize("threads", [1, 2, 4, 7])
 def test_batches_do_not_depend_on_the_number_of_threads(threads: int) -> None:
     options: dict[str, Any] = {
-        "source": Pictures(broken=[3, 50]),
+        "source": Pictures(n=400, broken=[3, 50, 301]),
+        "batch": 100,
         "views": {"local": View(size=8, count=3, scale=(0.1, 0.4))},
         "columns": ["embedding"],
         "max_bad": 0.1,
     }
     plain, threaded = stream(**options), stream(**options, threads=threads)
-    for a, b in zip(plain.batches(14), threaded.batches(14), strict=True):
+    for a, b in zip(plain.batches(6), threaded.batches(6), strict=True):
         assert same(a, b)
     assert plain.counts == threaded.counts
     assert plain.counts["broken"] > 0
@@ -264,3 +265,14 @@ def test_a_cached_source_reads_each_row_once_and_gives_the_same() -> None:
     source.reads = 48
     list(stream(cached, seed=9, columns=["score"]).batches(3))  # one more column: read again, once
     assert source.reads == 96
+
+
+def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it() -> None:
+    held, copies, places = [], [], set()
+    for step, batch in enumerate(stream(Pictures(n=320), threads=2).batches(20)):
+        places.add(batch.views["image"].data_ptr())
+        if step in (2, 5):
+            held.append(batch.views["image"][3:5])  # shares the memory, while the batch itself is let go
+            copies.append(held[-1].clone())
+    assert len(places) < 14
+    assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))

@@ -11,6 +11,7 @@ more than `max_bad` of the pictures are broken, the stream stops with a message.
 
 import os
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -74,7 +75,7 @@ class Stream:
         assert (text is None) == (tokenizer is None)
         self.source, self.text, self.tokenizer = source, text, tokenizer
         self.order = Order(len(source), batch, seed, world, rank, block)
-        self.max_bad, self.pin = max_bad, pin
+        self.max_bad = max_bad
         self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
         augment = augment or Augment()
         self.views: dict[str, tuple[Augment, int, int]] = {"image": (augment, size, 1)}  # augmentation, pixels, count
@@ -86,6 +87,7 @@ class Stream:
         check_columns(source, [*texts, *self.columns])
         self.read_columns = list(dict.fromkeys(["key", "image", *texts, *self.columns]))
         self.normalize = Normalize(mean, std)
+        self._buffers = _Buffers(pin)
         self.step = 0
         self.waited = 0.0
         self.counts: Counter[str] = Counter()
@@ -224,7 +226,7 @@ class Stream:
         return Batch(coming.views, texts, columns, [k for p in parts for k in p.keys])
 
     def _pinned(self, tensor: Tensor) -> Tensor:
-        return tensor.pin_memory() if self.pin else tensor
+        return tensor.pin_memory() if self._buffers.pin else tensor
 
     def _count(self, parts: list[_Part]) -> None:
         self.counts["pictures"] += self.order.share
@@ -256,13 +258,33 @@ class Stream:
         )
 
 
+class _Buffers:
+    """Float32 tensors to fill, taken again when nobody holds them any more.
+
+    First touching fresh memory costs as much as resizing into it, since the system clears it page by page.
+    """
+
+    def __init__(self, pin: bool) -> None:
+        self.pin = pin
+        self._free: dict[tuple[int, ...], list[Floats]] = {}
+
+    def get(self, shape: tuple[int, ...]) -> Tensor:
+        if self.pin:
+            return torch.empty(shape, pin_memory=True)  # torch keeps these itself, until a copy from them is done
+        free = self._free.setdefault(shape, [])
+        array = free.pop() if free else np.empty(shape, np.float32)
+        lease = array[:]  # lives as long as any tensor that shares its memory
+        weakref.finalize(lease, free.append, array).atexit = False
+        return torch.from_numpy(lease)
+
+
 class _Coming:
     """A batch in the making."""
 
     def __init__(self, stream: Stream, step: int, pool: ThreadPoolExecutor | None) -> None:
         rows, size = stream.order.rows(step).tolist(), stream._chunk
-        self.views: dict[str, Tensor] = {
-            name: torch.empty(len(rows) * count, 3, pixels, pixels, pin_memory=stream.pin)
+        self.views = {
+            name: stream._buffers.get((len(rows) * count, 3, pixels, pixels))
             for name, (_, pixels, count) in stream.views.items()
         }
         out = {name: view.numpy() for name, view in self.views.items()}
