@@ -18,23 +18,21 @@ UNLABELLED = (0.08, 0.08, 0.08)
 
 
 def palette(count: int) -> NDArray[np.float64]:
-    """`count` colours (count, 3) in 0 … 1: hues a golden angle apart in three lightnesses, so neighbours differ."""
+    """`count` colours (count, 3) in 0 … 1, spread evenly over hue, saturation and lightness; each id keeps its own."""
     from matplotlib.colors import hsv_to_rgb
 
-    k = np.arange(count)
-    hsv = np.stack(
-        [(0.58 + k * 0.61803) % 1, np.array([0.65, 0.85, 0.45])[k % 3], np.array([0.9, 0.65, 0.98])[k % 3]], 1
-    )
-    colours: NDArray[np.float64] = hsv_to_rgb(hsv)
+    # The additive sequence of the generalised golden ratio of three dimensions (Roberts, 2018).
+    spread = (0.55 + np.arange(count)[:, None] * np.array([0.8191725, 0.6710436, 0.5497005])) % 1
+    colours: NDArray[np.float64] = hsv_to_rgb(spread * [1, 0.6, 0.6] + [0, 0.4, 0.4])
     return colours
 
 
 def class_grid(path: Path, samples: Sequence[Sample], masks: Sequence[NDArray[Any]], classes: Sequence[str]) -> None:
-    """Write a PNG with one column a sample; the legend names the classes that occur, the commonest first."""
+    """Write a PNG, one column a sample; the legend names the classes that occur, the commonest first."""
     from matplotlib.patches import Patch
 
     colours = np.vstack([palette(len(classes)), UNLABELLED])  # IGNORE = -1 is the last
-    figure, axes, _ = _figure(samples, legend=1.0)
+    figure, axes, _ = _figure(samples, legend=0.75)
     seen = np.zeros(len(classes), np.int64)
     for column, sample, mask in zip(axes.T, samples, masks):
         for values in (sample.target, mask):
@@ -51,21 +49,26 @@ def class_grid(path: Path, samples: Sequence[Sample], masks: Sequence[NDArray[An
 
 
 def depth_grid(path: Path, samples: Sequence[Sample], depths: Sequence[NDArray[Any]], max_depth: float) -> None:
-    """Write a PNG with one column a sample; pixels without a reading are black, all pictures share one scale."""
+    """Write a PNG, one column a sample; no reading is black; all share one logarithmic scale."""
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import LogLocator
 
-    top = min(max_depth, max([float(s.target.max()) for s in samples] + [0.1]))
-    scale, colours = Normalize(0, top), colormaps["turbo_r"]
-    figure, axes, space = _figure(samples, legend=0.6)
+    readings = np.concatenate([s.target[s.target > 0] for s in samples])
+    low, high = np.quantile(readings, (0.01, 0.99)).tolist() if len(readings) else (0.1, max_depth)
+    scale, colours = LogNorm(low, max(high, 1.1 * low), clip=True), colormaps["turbo_r"]
+    figure, axes, space = _figure(samples, legend=0.75)
     for column, sample, metres in zip(axes.T, samples, depths):
-        truth = colours(scale(sample.target))[..., :3]
+        truth = colours(scale(np.maximum(sample.target, low)))[..., :3]
         truth[sample.target == 0] = UNLABELLED
         for axis, shown in zip(column, (sample.image, truth, colours(scale(metres))[..., :3])):
             axis.imshow(shown)
-    bar = figure.add_axes((0.3, space * 0.55, 0.4, space * 0.2))
-    figure.colorbar(ScalarMappable(scale, colours), cax=bar, orientation="horizontal", label="metres")
+    ticks = LogLocator(subs=(1, 2, 5)).tick_values(low, high)
+    bar = figure.add_axes((0.3, space * 0.65, 0.4, space * 0.15))
+    figure.colorbar(
+        ScalarMappable(scale, colours), cax=bar, orientation="horizontal", ticks=ticks, format="%g", label="metres"
+    )
     _write(figure, path)
 
 

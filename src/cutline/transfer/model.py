@@ -126,8 +126,8 @@ class Look:
         (h, w), (wh, ww) = x.shape[2:], self.window
         total: Tensor | None = None
         seen = torch.zeros(h, w, device=x.device)
-        for top in _starts(h, wh, self.stride[0]):
-            for left in _starts(w, ww, self.stride[1]):
+        for top in starts(h, wh, self.stride[0]):
+            for left in starts(w, ww, self.stride[1]):
                 part = model(x[:, :, top : top + wh, left : left + ww])
                 if total is None:
                     total = part.new_zeros(*part.shape[:2], h, w)
@@ -137,7 +137,7 @@ class Look:
         return total / seen
 
 
-def _starts(length: int, window: int, stride: int) -> list[int]:
+def starts(length: int, window: int, stride: int) -> list[int]:
     """Window positions that cover the length; the last is shifted back to end at the edge, as in mmsegmentation."""
     if length <= window:
         return [0]

@@ -61,6 +61,20 @@ class DenseConfig(Config):
     def _square(cls, value: Any) -> Any:
         return (value, value) if isinstance(value, int) else value
 
+    @field_validator("crop")
+    @classmethod
+    def _positive(cls, value: tuple[int, int] | None) -> tuple[int, int] | None:
+        if value is not None and min(value) < 1:
+            raise ValueError("a side in pixels, or height and width")
+        return value
+
+    @field_validator("scale")
+    @classmethod
+    def _rising(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("a range of factors, from small to large")
+        return value
+
     @field_validator("labels")
     @classmethod
     def _labels(cls, value: int | float | None) -> int | float | None:
@@ -103,4 +117,6 @@ def look(config: DenseConfig) -> Look:
     """How the config says pictures are looked at in test."""
     window = config.crop or (512, 512)
     stride = (config.stride, config.stride) if config.stride else (window[0] // 2, window[1] // 2)
+    if min(window[k] - stride[k] for k in (0, 1)) < 0:
+        raise ConfigError(f"stride={config.stride} is larger than the window of {window}: pixels would be left out.")
     return Look(config.test, window, stride, config.short, config.test_flip, autocast(config))

@@ -1,0 +1,142 @@
+"""Pyramids and heads: strides, any picture size, equality with the library parts they are built from."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from cutline.errors import ConfigError
+from cutline.transfer import heads, pyramid
+from cutline.transfer.depth import DepthConfig, DepthEstimator
+from cutline.transfer.segment import SegmentConfig, Segmenter
+
+
+class Patches(nn.Module):
+    """The least that an encoder can be: maps of given strides and channels by pooling and a 1x1."""
+
+    def __init__(self, strides: tuple[int, ...], channels: tuple[int, ...], patch: int | None) -> None:
+        super().__init__()
+        self.strides, self.channels, self.patch = strides, channels, patch
+        self.num_layers, self.name, self.hash = 1, "patches", "0"
+        self.mean = self.std = (0.5, 0.5, 0.5)
+        self.lift = nn.ModuleList(nn.Conv2d(3, c, 1) for c in channels)
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [lift(F.avg_pool2d(x, s, ceil_mode=True)) for lift, s in zip(self.lift, self.strides, strict=True)]
+
+
+def plain(patch: int) -> Patches:
+    return Patches((patch,) * 4, (32,) * 4, patch)
+
+
+STAGES = Patches((4, 8, 16, 32), (16, 24, 32, 64), None)
+
+
+@pytest.mark.parametrize(
+    ("patch", "powers"), [(8, (1, 0, -1, -2)), (14, (2, 1, 0, -1)), (16, (2, 1, 0, -1)), (32, (3, 2, 1, 0))]
+)
+def test_levels_have_strides_nearest_to_4_8_16_32(patch: int, powers: tuple[int, ...]) -> None:
+    assert pyramid.exponents(patch) == powers
+    for kind in (pyramid.SimplePyramid((patch,), (32,), 16), pyramid.TapPyramid((patch,) * 4, (32,) * 4)):
+        side = 2 * kind.multiple
+        maps = [torch.randn(2, 32, side // patch, side // patch) for _ in kind.uses]
+        levels = kind(maps)
+        assert [tuple(x.shape) for x in levels] == [
+            (2, c, round(side / patch * 2.0**k), round(side / patch * 2.0**k))
+            for c, k in zip(kind.channels, powers, strict=True)
+        ]
+
+
+def test_the_pyramid_of_patch_16_has_the_layers_of_the_paper() -> None:
+    """detectron2's SimpleFeaturePyramid: deconv-LN-GELU-deconv | deconv | nothing | max-pool, then 1x1-LN-3x3-LN."""
+    p = pyramid.SimplePyramid((16,), (768,), 256)
+    kinds = [[type(m).__name__ for m in level[0].modules() if not isinstance(m, nn.Sequential)] for level in p.levels]
+    assert kinds == [
+        ["ConvTranspose2d", "LayerNorm2d", "GELU", "ConvTranspose2d"],
+        ["ConvTranspose2d"],
+        [],
+        ["MaxPool2d"],
+    ]
+    neck = 256 * 256 * 9 + 2 * 2 * 256
+    expected = (
+        (768 * 384 * 4 + 384 + 2 * 384 + 384 * 192 * 4 + 192 + 192 * 256)
+        + (768 * 384 * 4 + 384 + 384 * 256)
+        + 2 * (768 * 256)
+        + 4 * neck
+    )
+    assert sum(x.numel() for x in p.parameters()) == expected
+
+
+@pytest.mark.parametrize("size", [(64, 64), (50, 75), (33, 97)])
+@pytest.mark.parametrize(
+    "encoder", [plain(8), plain(14), plain(16), plain(32), STAGES], ids=["8", "14", "16", "32", "stages"]
+)
+@pytest.mark.parametrize("head", ["upernet", "fpn", "linear"])
+def test_logits_have_the_picture_size(encoder: Any, head: str, size: tuple[int, int]) -> None:
+    model = Segmenter(encoder, SegmentConfig(head=head, channels=64), ["a", "b", "c"]).eval()
+    assert model(torch.randn(1, 3, *size)).shape == (1, 3, *size)
+
+
+@pytest.mark.parametrize("encoder", [plain(14), plain(32), STAGES], ids=["14", "32", "stages"])
+@pytest.mark.parametrize("head", ["deconv", "linear"])
+def test_depth_has_the_picture_size_and_its_range(encoder: Any, head: str) -> None:
+    model = DepthEstimator(encoder, DepthConfig(head=head, channels=16, max_depth=7)).eval()
+    depth = model(10 * torch.randn(2, 3, 45, 70))
+    assert depth.shape == (2, 1, 45, 70)
+    assert depth.min() > 0
+    assert depth.max() < 7
+
+
+def test_taps_need_four_maps() -> None:
+    with pytest.raises(ConfigError, match="pyramid=vitdet"):
+        pyramid.TapPyramid((16, 16), (32, 32))
+
+
+def test_heads_equal_the_library_parts_with_the_same_weights() -> None:
+    from segmentation_models_pytorch.decoders.fpn.decoder import FPNDecoder
+    from segmentation_models_pytorch.decoders.upernet.decoder import UPerNetDecoder
+
+    widths = (16, 24, 32, 64)
+    levels = [torch.randn(2, c, 64 // s, 64 // s) for c, s in zip(widths, (4, 8, 16, 32), strict=True)]
+    uper = heads.UPerHead(widths, 32, 5).eval()
+    theirs = UPerNetDecoder((3, 3, *widths), encoder_depth=5, decoder_channels=32).eval()
+    theirs.load_state_dict(uper.decoder.state_dict())
+    pictures = [torch.empty(2, 3, 64, 64), torch.empty(2, 3, 32, 32)]
+    assert torch.equal(uper(levels), uper.classifier(theirs([*pictures, *levels])))
+    fpn = heads.FPNHead(widths, 64, 5).eval()
+    # The library's decoder is the same but for the 3x3 on each level, so let those pass everything through.
+    for conv in fpn.fpn.layer_blocks:
+        nn.init.dirac_(conv[0].weight)
+        nn.init.zeros_(conv[0].bias)
+    theirs = FPNDecoder([3, 3, *widths], pyramid_channels=64, segmentation_channels=32).eval()
+    weights = {f"seg_blocks.{3 - int(k[0])}{k[1:]}": v for k, v in fpn.blocks.state_dict().items()}
+    for i, name in enumerate(("p2.skip_conv", "p3.skip_conv", "p4.skip_conv", "p5")):
+        weights |= {f"{name}.{k}": v for k, v in fpn.fpn.inner_blocks[i][0].state_dict().items()}
+    theirs.load_state_dict(weights)
+    assert torch.allclose(fpn(levels), fpn.classifier(theirs([*pictures, *levels])), atol=1e-5)
+
+
+def test_the_deconvolution_head_from_stride_32_is_the_published_one() -> None:
+    """Three deconvolutions to stride 4, then a factor 4 that equals neither more nor less than two doublings' size."""
+    head = heads.DeconvHead(64, 128, 32, 3, 32, 10.0).eval()
+    x = torch.randn(1, 64, 2, 3)
+    assert head.up(x).shape == (1, 128, 16, 24)
+    assert head([x]).shape == (1, 1, 64, 96)
+    assert [m.kernel_size for m in head.up if isinstance(m, nn.ConvTranspose2d)] == [(2, 2)] * 3
+
+
+def test_bins_with_equal_logits_give_the_middle_of_the_range() -> None:
+    head = heads.BinsHead(8, 256, 0.0, 10.0).eval()
+    nn.init.zeros_(head.classifier.weight)
+    assert torch.allclose(head([torch.randn(1, 8, 2, 2)]), torch.full((1, 1, 2, 2), 5.0))
+
+
+def test_a_stage_tower_with_semantic_fpn_has_the_published_size() -> None:
+    """MCi2 + Semantic FPN is about 38.4 M parameters (Swin-L UPerNet's 234 M / 6.1)."""
+    tower = timm.create_model("fastvit_mci2", features_only=True)
+    head = heads.FPNHead(tower.feature_info.channels(), 256, 150)
+    total = sum(p.numel() for m in (tower, head) for p in m.parameters())
+    assert 38e6 < total < 39.5e6
