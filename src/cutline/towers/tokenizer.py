@@ -8,6 +8,7 @@ from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
 from torch import Tensor
 
 from cutline.towers.model import Model
+from cutline.towers.words import WordTokenizer
 
 
 class Tokenizer:
@@ -30,7 +31,7 @@ class Tokenizer:
         elif "siglip" in model.name.lower():
             self.tokenizer = open_clip.get_tokenizer(model.name.split(":")[0], context_length=self.context)
         else:
-            self.tokenizer = SimpleTokenizer(context_length=self.context, **options)
+            self.tokenizer = WordTokenizer(context_length=self.context, **options)
 
     def __call__(self, texts: list[str]) -> Tensor:
         if not texts:
@@ -44,7 +45,7 @@ class Tokenizer:
     def truncated(self, texts: list[str], tokens: Tensor | None = None) -> int:
         """How many of `texts` do not fit into the context. Give their `tokens` if they are there: it is then cheap."""
         tokens = self(texts) if tokens is None else tokens
-        full = [t for t, row in zip(texts, tokens, strict=True) if row[-1] != 0]
+        full = [texts[i] for i in tokens[:, -1].nonzero().flatten().tolist()]
         if not isinstance(self.tokenizer, SimpleTokenizer):
             return len(full)  # a caption that just fits counts too: HF tokenisers pad and cut in one call
         return sum(len(self.tokenizer.encode(t)) + 2 > self.context for t in full)
