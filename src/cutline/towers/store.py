@@ -58,22 +58,22 @@ def load(name: str, device: str | torch.device = "cpu") -> Model:
     "ARCHITECTURE:TAG", "hf-hub:ORG/NAME", a timm name (its pretrained weights, image only), or "scratch:NAME" for an
     open_clip architecture, preset or timm name with random weights (the baseline without pretraining).
     """
-    bare = name.removeprefix(SCRATCH)
-    if bare in PRESETS or open_clip.get_model_config(bare) is not None:
-        if not name.startswith(SCRATCH):
+    bare, scratch = name.removeprefix(SCRATCH), name.startswith(SCRATCH)
+    if not scratch and (name.startswith("hf-hub:") or model_folder(name) is not None):
+        model = build(TowerConfig(model=name))
+    elif _named(bare) is not None:
+        if not scratch:
             tags = ", ".join(list_pretrained_tags_by_model(bare)) or "none"
             raise ConfigError(
                 f"{name!r} names an architecture without weights. Say which, as '{name}:TAG' (tags: {tags}), "
                 f"or '{SCRATCH}{name}' for random ones."
             )
         model = build(TowerConfig(model=bare))
-    elif timm.is_model(bare.split(".")[0]) and model_folder(bare) is None:
-        model = _load_timm(bare, pretrained=not name.startswith(SCRATCH))
-    elif ":" in name and not name.startswith(("hf-hub:", "local-dir:")) and model_folder(name) is None:
-        architecture, tag = name.split(":", 1)
+    elif timm.is_model(bare.split(".")[0]):
+        model = _load_timm(bare, pretrained=not scratch)
+    elif ":" in bare and not scratch:
+        architecture, tag = bare.split(":", 1)
         model = build(TowerConfig(model=architecture, pretrained=tag))
-    elif name.startswith("hf-hub:") or model_folder(name) is not None:
-        model = build(TowerConfig(model=name))
     else:
         raise _unknown(name)
     model.name = name
@@ -154,7 +154,7 @@ def _read_hub(name: str) -> Source:
 def _architecture(config: TowerConfig) -> Source:
     """The config of a named or inline architecture and the weights of its tag or file."""
     name = config.model or "custom"
-    cfg = copy.deepcopy(config.custom or PRESETS.get(name) or open_clip.get_model_config(name.replace("/", "-")))
+    cfg = copy.deepcopy(config.custom) or _named(name)
     if cfg is None:
         raise _unknown(name)
     _check_custom(cfg)
@@ -174,6 +174,13 @@ def _architecture(config: TowerConfig) -> Source:
         tags = ", ".join(list_pretrained_tags_by_model(name)) or "none"
         raise ConfigError(f"pretrained {tag!r} is neither a file nor a tag of {name} (tags: {tags}).")
     return cfg, _check_weights_file(config, cfg, Path(tag)), tag
+
+
+def _named(name: str) -> dict[str, Any] | None:
+    """The model config of a preset or of one of open_clip's architectures, or None."""
+    clean = name.replace("/", "-")  # ViT-B/32, as OpenAI wrote it
+    known = PRESETS.get(name) or (open_clip.get_model_config(clean) if clean in open_clip.list_models() else None)
+    return copy.deepcopy(known)
 
 
 def _check_weights_file(config: TowerConfig, cfg: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -229,6 +236,7 @@ def _create(cfg: dict[str, Any], preprocess: dict[str, Any], weights: str | None
         _shorten_context(model, context)
         text["context_length"] = context
     pp = merge_preprocess_dict(asdict(PreprocessCfg()), preprocess)
+    pp["mean"], pp["std"] = tuple(pp["mean"]), tuple(pp["std"])
     size: Any = config.image_size or model.visual.image_size
     pp["size"] = size[0] if isinstance(size, tuple) and size[0] == size[1] else size
     open_clip.set_model_preprocess_cfg(model, pp)
@@ -237,17 +245,18 @@ def _create(cfg: dict[str, Any], preprocess: dict[str, Any], weights: str | None
 
 
 def _set_image_size(vision: dict[str, Any], size: int | None) -> None:
+    """Write the size the tower will have into its config; `ConfigError` for one that it cannot have."""
     name, patch = vision.get("timm_model_name"), vision.get("patch_size", 16)
-    if name and size not in (None, vision.get("image_size", 224)):
-        fixed = timm.get_pretrained_cfg(name)
-        if fixed is not None and fixed.fixed_input_size:
-            raise ConfigError(
-                f"the image tower {name} is made for {vision.get('image_size', 224)} px, so image_size={size} cannot "
-                "be kept in its checkpoint. Leave image_size out: an Encoder takes pictures of any size."
-            )
-    size = size or vision.get("image_size", 224)
-    vision["image_size"] = size
-    if not name and isinstance(vision.get("layers", 12), int) and isinstance(size, int) and size % patch:
+    timm_cfg = timm.get_pretrained_cfg(name) if name else None
+    own = vision.get("image_size") or (timm_cfg.input_size[-1] if timm_cfg else 224)
+    vision["image_size"] = size = size or own
+    if timm_cfg is not None and timm_cfg.fixed_input_size and size != own:
+        raise ConfigError(
+            f"the image tower {name} is made for {own} px, so image_size={size} cannot be kept in its checkpoint. "
+            "Leave image_size out: an Encoder takes pictures of any size."
+        )
+    plain_vit = not name and isinstance(vision.get("layers", 12), int)
+    if plain_vit and isinstance(size, int) and size % patch:
         near = max(patch, round(size / patch) * patch)
         raise ConfigError(f"image_size {size} is no multiple of the patch size {patch}. The nearest is {near}.")
 
