@@ -10,7 +10,6 @@ from pydantic import Field
 from cutline.config import Config, dump, load
 from cutline.errors import ConfigError
 
-
 # PyYAML itself does not bring control characters back unharmed.
 NAMES = st.text(st.characters(exclude_categories=["C", "Z"]), min_size=1)
 
@@ -22,7 +21,7 @@ class Inner(Config):
 
 class Outer(Config):
     inner: Inner = Inner()
-    columns: dict[str, float] = {}
+    columns: dict[str, float] = Field(default_factory=dict)
     steps: int = 10
     maybe: Inner | None = None
 
@@ -59,7 +58,11 @@ def test_overrides_are_yaml_and_merge(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
-    [("a: [", [], "not valid YAML"), ("- 1\n", [], "must hold a mapping"), ("", ["steps"], "not of the form key=value")],
+    [
+        ("a: [", [], "not valid YAML"),
+        ("- 1\n", [], "must hold a mapping"),
+        ("", ["steps"], "not of the form key=value"),
+    ],
 )
 def test_what_is_no_recipe_says_so(tmp_path, text, overrides, message):
     with pytest.raises(ConfigError, match=message):

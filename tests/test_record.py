@@ -12,7 +12,13 @@ from cutline.record import Protocol, Result, check_comparable, fingerprint, hash
 
 
 def result(**changes):
-    protocol = {"task": "segment", "data": "camvid:x", "data_fingerprint": "f", "split": "val", "settings": {"crop": 224}}
+    protocol = {
+        "task": "segment",
+        "data": "camvid:x",
+        "data_fingerprint": "f",
+        "split": "val",
+        "settings": {"crop": 224},
+    }
     return Result(metrics={"miou": 0.5}, protocol=Protocol(**(protocol | changes)))
 
 
@@ -28,7 +34,11 @@ def test_encoder_seed_and_path_may_differ_in_a_column():
 
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [({"settings": {"crop": 160}}, "crop: 224 against 160"), ({"data_fingerprint": "g"}, "data_fingerprint"), ({"split": "test"}, "split")],
+    [
+        ({"settings": {"crop": 160}}, "crop: 224 against 160"),
+        ({"data_fingerprint": "g"}, "data_fingerprint"),
+        ({"split": "test"}, "split"),
+    ],
 )
 def test_other_protocols_are_refused_and_named(changes, named):
     with pytest.raises(DataError, match=named):

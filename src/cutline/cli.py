@@ -83,7 +83,9 @@ def scenes(
     size: Annotated[int, typer.Option(help="Pixels a side, 48 to 448.")] = 224,
     seed: Annotated[int, typer.Option(help="Scene i of a seed is always the same.")] = 0,
     mix: Annotated[str, typer.Option(help="Quality of the alt text: web, mild or harsh.")] = "web",
-    labels: Annotated[Path | None, typer.Option(help="Also write pictures, masks and depth here (folder: layout).")] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Also write pictures, masks and depth here (folder: layout).")
+    ] = None,
 ) -> None:
     """Write embedded scenes as pairs, with captions and alt text."""
     from cutline.scenes import parse_spec
@@ -157,7 +159,9 @@ def retrieve(
 @pairs_app.command("create")
 def pairs_create(
     out: Annotated[Path, typer.Argument(help="The table to write, OUT.lance.")],
-    sources: Annotated[list[str], typer.Argument(help="Tars (braces and globs), a folder, csv/tsv/jsonl/parquet, coco:…, hf:…")],
+    sources: Annotated[
+        list[str], typer.Argument(help="Tars (braces and globs), a folder, csv/tsv/jsonl/parquet, coco:…, hf:…")
+    ],
     alt: Annotated[str | None, typer.Option(help="Field that holds the alt text.")] = None,
     captions: Annotated[str | None, typer.Option(help="Field that holds captions, for example json:captions.")] = None,
     field: Annotated[list[str] | None, typer.Option(help="More columns, NAME=FIELD.")] = None,
@@ -205,7 +209,9 @@ def pairs_export(
 def _named(items: list[str] | None) -> dict[str, str]:
     for item in items or []:
         if "=" not in item:
-            raise CutlineError(f"--field {item!r} is not of the form NAME=FIELD, for example --field licence=json:license.")
+            raise CutlineError(
+                f"--field {item!r} is not of the form NAME=FIELD, for example --field licence=json:license."
+            )
     return dict(item.split("=", 1) for item in items or [])
 
 
@@ -226,7 +232,9 @@ def _print(thing: Any) -> None:
 def _scored(result: Any, folder: Path) -> None:
     from rich.table import Table
 
-    table = Table("metric", "value", title=f"{result.protocol.task} on {result.protocol.data} ({result.protocol.split})")
+    table = Table(
+        "metric", "value", title=f"{result.protocol.task} on {result.protocol.data} ({result.protocol.split})"
+    )
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:,.4g}")
     _print(table)

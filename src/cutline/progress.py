@@ -37,7 +37,9 @@ class Tick:
             self.printed = now
             of = f"/{self.total:,}" if self.total else ""
             left = f", {(self.total - self.done) / rate:,.0f} s left" if self.total and rate else ""
-            print(f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.1f}/s{left} {note}", file=sys.stderr, flush=True)
+            print(
+                f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.1f}/s{left} {note}", file=sys.stderr, flush=True
+            )
 
 
 @contextmanager

@@ -101,7 +101,9 @@ def check_comparable(results: Iterable[Result]) -> None:
         skip = {"encoder", "encoder_hash", "seed", "data"}
         names = sorted(k for k in flat_a.keys() | flat_b.keys() if k not in skip and flat_a.get(k) != flat_b.get(k))
         diff = "; ".join(f"{k}: {flat_a.get(k)!r} against {flat_b.get(k)!r}" for k in names)
-        raise DataError(f"two scores with different protocols cannot share a column: {diff}. Measure them the same way.")
+        raise DataError(
+            f"two scores with different protocols cannot share a column: {diff}. Measure them the same way."
+        )
 
 
 def write_atomic(path: str | Path, data: bytes) -> None:

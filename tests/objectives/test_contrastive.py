@@ -88,7 +88,10 @@ class Fixed(torch.nn.Module):
 def test_sum_over_columns_weighs_each_column(vectors):
     model = Fixed()
     owners = torch.arange(4)
-    texts = {"alt": Texts(vectors["text"], owners, weight=1.0), "caption": Texts(vectors["teacher_text"], owners, weight=0.5)}
+    texts = {
+        "alt": Texts(vectors["text"], owners, weight=1.0),
+        "caption": Texts(vectors["teacher_text"], owners, weight=0.5),
+    }
     batch = Batch({"image": vectors["image"]}, texts)
     terms = Objective(Config(), model)(batch, Features(model, batch))
     one = paired_loss(vectors["image"], vectors["text"], torch.tensor(10.0))[0]
@@ -138,7 +141,9 @@ def test_two_processes_equal_one_on_the_joined_batch(vectors, tmp_path, kind):
     loss.backward()
     assert sum(r["loss"] for r in ranks) / 2 == pytest.approx(loss.item(), rel=1e-10)
     for r in ranks:
-        torch.testing.assert_close(torch.tensor(r["weight"], dtype=torch.float64), net.weight.grad, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            torch.tensor(r["weight"], dtype=torch.float64), net.weight.grad, rtol=1e-9, atol=1e-12
+        )
         assert r["scale"] == pytest.approx(scale.grad.item(), rel=1e-9)
 
 
@@ -162,7 +167,9 @@ def test_each_process_has_the_local_loss_of_the_reference_values(vectors, tmp_pa
 
 def test_a_batch_of_one_picture_has_no_negatives_and_a_finite_gradient():
     image = F.normalize(torch.randn(1, 6), dim=1).requires_grad_()
-    loss, _ = multi_positive_loss(image, F.normalize(torch.randn(3, 6), dim=1), torch.zeros(3, dtype=torch.long), torch.tensor(5.0))
+    loss, _ = multi_positive_loss(
+        image, F.normalize(torch.randn(3, 6), dim=1), torch.zeros(3, dtype=torch.long), torch.tensor(5.0)
+    )
     loss.backward()
     assert loss.item() == pytest.approx(0, abs=1e-6)
     assert torch.isfinite(image.grad).all()

@@ -22,7 +22,7 @@ def gather(x: Tensor) -> Tensor:
         return x
     from torch.distributed.nn.functional import all_gather
 
-    return torch.cat(all_gather(x.contiguous()))
+    return torch.cat(all_gather(x.contiguous()))  # type: ignore[no-untyped-call]
 
 
 def gather_plain(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from cutline.transfer.segment import SegmentConfig
 SIZES = ("tiny", "small", "full")
 
 # The number a task is judged by, its unit's factor for tables, and whether more is better.
-HEADLINE: dict[str, tuple[str, float, bool]] = {"segment": ("mIoU", 1.0, True), "depth": ("rmse", 1.0, False)}
+HEADLINE: dict[str, tuple[str, float, bool]] = {"segment": ("miou", 100.0, True), "depth": ("rmse", 1.0, False)}
 
 
 class Task(Config):

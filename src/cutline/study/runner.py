@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -65,7 +64,9 @@ def _chosen(plan: Plan, only: str | None) -> tuple[list[str], list[str]]:
         return list(plan.arms), list(plan.tasks)
     arm, _, task = only.partition("/")
     if arm not in plan.arms or (task and task not in plan.tasks):
-        raise ConfigError(f"--only {only!r} names no cell; arms: {', '.join(plan.arms)}; tasks: {', '.join(plan.tasks)}.")
+        raise ConfigError(
+            f"--only {only!r} names no cell; arms: {', '.join(plan.arms)}; tasks: {', '.join(plan.tasks)}."
+        )
     return [arm], [task] if task else list(plan.tasks)
 
 

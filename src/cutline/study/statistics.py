@@ -4,9 +4,9 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from cutline.record import check_comparable
+from cutline.record import Result, check_comparable
 from cutline.study.plan import HEADLINE, Plan
-from cutline.study.runner import Cell, Result
+from cutline.study.runner import Cell
 
 # With one seed there is no spread to judge by: below this relative difference we say that nothing was shown.
 # (Across seeds, scores of the same arm in the built-in studies vary by about this much.)
@@ -71,5 +71,7 @@ def headline(plan: Plan, found: dict[Cell, Result]) -> str:
     if by["worse"]:
         parts.append(f"loses on {len(by['worse'])} ({', '.join(by['worse'])})")
     if by["no clear difference"]:
-        parts.append(f"shows no clear difference on {len(by['no clear difference'])} ({', '.join(by['no clear difference'])})")
+        parts.append(
+            f"shows no clear difference on {len(by['no clear difference'])} ({', '.join(by['no clear difference'])})"
+        )
     return "; ".join(parts) + "."

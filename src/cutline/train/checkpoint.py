@@ -41,7 +41,9 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
         dist.barrier()
     try:
         with _quiet():
-            dcp.save(state, checkpoint_id=str(temporary), no_dist=size == 1)
+            dcp.save(  # type: ignore[attr-defined]
+                state, checkpoint_id=str(temporary), no_dist=size == 1
+            )
     except OSError as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TrainingError(
@@ -63,7 +65,9 @@ def load(path: Path, state: dict[str, Any]) -> None:
     """Fill `state` in place: tensors are overwritten, plain values replaced. Raises `TrainingError` if it does not fit."""
     try:
         with _quiet():
-            dcp.load(state, checkpoint_id=str(path), no_dist=world()[1] == 1)
+            dcp.load(  # type: ignore[attr-defined]
+                state, checkpoint_id=str(path), no_dist=world()[1] == 1
+            )
     except Exception as e:
         raise TrainingError(
             f"checkpoint {path} does not fit this run ({e}). Resume with the recipe it was made with, or choose another --out."

@@ -14,11 +14,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cutline import objectives, towers
 from cutline.config import dump, load
@@ -36,7 +37,7 @@ from cutline.train.stream import Cached, Source, Stream, open_source
 class Trainee(nn.Module):
     """Model and objectives as one module, so that one wrapper (DDP, FSDP, compile) holds all that learns."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe) -> None:
+    def __init__(self, model: towers.Model, recipe: Recipe) -> None:
         super().__init__()
         self.model = model
         configs = recipe.objective_configs()
@@ -68,7 +69,7 @@ class Run:
     wrapped: nn.Module
     optimiser: torch.optim.Optimizer
     stream: Stream
-    average: nn.Module | None
+    average: AveragedModel | None
     steps: int
     step: int = 0
     bad: int = 0  # steps skipped so far
@@ -121,7 +122,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, source: Source | None
             tick(run.step * recipe.train.batch)
             _loop(run, tick)
         if world()[0] == 0:
-            model = run.trainee.model if run.average is None else run.average.module
+            model = run.trainee.model if run.average is None else cast(towers.Model, run.average.module)
             towers.save(model, out / ".model")
             shutil.rmtree(out / "model", ignore_errors=True)
             os.replace(out / ".model", out / "model")  # there is a model when, and only when, the run is finished
@@ -151,7 +152,9 @@ def prepare(recipe: Recipe, out: Path, resume: bool, source: Source | None = Non
     if not resume and (out / "recipe.yaml").exists():
         raise ConfigError(f"{out} already holds a run. Add --resume to go on with it, or choose another --out.")
     if newest and dump(load(Recipe, out / "recipe.yaml")) != dump(recipe):
-        raise ConfigError(f"the recipe differs from {out / 'recipe.yaml'}; resume with the same one, or choose another --out.")
+        raise ConfigError(
+            f"the recipe differs from {out / 'recipe.yaml'}; resume with the same one, or choose another --out."
+        )
     device = _device(config.device)
     torch.manual_seed(recipe.seed)
     model = towers.build(recipe.towers, device=device)
@@ -162,9 +165,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool, source: Source | None = Non
     optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     average = None
     if config.ema is not None:
-        from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)  # type: ignore[no-untyped-call]
     wrapped: nn.Module = trainee
     if size > 1:
         wrapped = nn.parallel.DistributedDataParallel(trainee, find_unused_parameters=True)
@@ -187,7 +188,9 @@ def read_from(data: DataConfig) -> Source:
     return Cached(source) if data.cache else source
 
 
-def _stream(recipe: Recipe, trainee: Trainee, model: nn.Module, source: Source | None, device: torch.device) -> Stream:
+def _stream(
+    recipe: Recipe, trainee: Trainee, model: towers.Model, source: Source | None, device: torch.device
+) -> Stream:
     data, (rank, size) = recipe.data, world()
     methods = list(trainee.methods().values())
     if source is None:
@@ -256,7 +259,7 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
         _clamp_scale(run.trainee.model, config.max_logit_scale)
         for objective in run.trainee.methods().values():
             objective.after_step(run.trainee.model, run.step)
-        if isinstance(run.average, torch.optim.swa_utils.AveragedModel):
+        if run.average is not None:
             run.average.update_parameters(run.trainee.model)
     else:
         _count_bad(run, values, batch)

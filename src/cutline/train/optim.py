@@ -7,7 +7,15 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-NO_DECAY = ("pos_embed", "positional_embedding", "cls_token", "class_embedding", "reg_token", "logit_scale", "logit_bias")
+NO_DECAY = (
+    "pos_embed",
+    "positional_embedding",
+    "cls_token",
+    "class_embedding",
+    "reg_token",
+    "logit_scale",
+    "logit_bias",
+)
 
 
 def param_groups(

@@ -74,13 +74,15 @@ class Recipe(Config):
     seed: int = Field(0, ge=0)
     data: DataConfig
     towers: TowerConfig
-    objectives: Objectives = Field(default_factory=lambda: Objectives(contrastive={}))  # type: ignore[valid-type]
+    objectives: Objectives = Field(default_factory=lambda: Objectives(contrastive={}))  # type: ignore[call-arg]
     train: TrainConfig = Field(default_factory=TrainConfig)
 
     @model_validator(mode="after")
     def _check_weights(self) -> "Recipe":
         if not any(config.weight for config in self.objective_configs().values()):
-            raise ValueError("no objective has a weight above 0: name one under objectives, for example contrastive: {}")
+            raise ValueError(
+                "no objective has a weight above 0: name one under objectives, for example contrastive: {}"
+            )
         return self
 
     def objective_configs(self) -> dict[str, ObjectiveConfig]:

@@ -32,7 +32,9 @@ class Embedded:
 
 
 @torch.no_grad()
-def embed_pairs(model: towers.Model, source: Any, columns: Sequence[str], batch: int = 64, max_texts: int = 5) -> Embedded:
+def embed_pairs(
+    model: towers.Model, source: Any, columns: Sequence[str], batch: int = 64, max_texts: int = 5
+) -> Embedded:
     """Embed every pair of `source` with all its texts (at most `max_texts` a picture) from the text `columns`.
 
     Pictures are resized and centre-cropped by the tower's own test transform (open_clip's). Pictures that cannot be
@@ -51,11 +53,12 @@ def embed_pairs(model: towers.Model, source: Any, columns: Sequence[str], batch:
         for start in range(0, len(source), batch):
             rows = source.read(range(start, min(start + batch, len(source))), ["image", *columns])
             pictures = list(pool.map(lambda row: _picture(row, transform), rows))
-            kept, captions = [], []
+            kept: list[Tensor] = []
+            captions: list[str] = []
             for row, picture in zip(rows, pictures, strict=True):
                 found = _texts(row, columns)[:max_texts]
                 reason = picture if isinstance(picture, str) else "" if found else "no text"
-                if reason or isinstance(picture, str):
+                if isinstance(picture, str) or reason:
                     out.skipped[reason] = out.skipped.get(reason, 0) + 1
                     continue
                 owners += [n + len(kept)] * len(found)
@@ -86,7 +89,9 @@ def test_transform(model: towers.Model) -> Any:
 
 def weights_hash(model: nn.Module) -> str:
     """Fingerprint of all weights, both towers."""
-    return fingerprint(*(part for k, v in model.state_dict().items() for part in (k, v.cpu().contiguous().numpy().tobytes())))
+    return fingerprint(
+        *(part for k, v in model.state_dict().items() for part in (k, v.cpu().contiguous().numpy().tobytes()))
+    )
 
 
 def _picture(row: dict[str, Any], transform: Any) -> Tensor | str:

@@ -33,7 +33,9 @@ class RetrieveConfig(Config):
     batch: int = 64
 
 
-def recall(image: Tensor, text: Tensor, owners: Tensor, ks: tuple[int, ...] = KS, chunk: int = 1024) -> dict[str, float]:
+def recall(
+    image: Tensor, text: Tensor, owners: Tensor, ks: tuple[int, ...] = KS, chunk: int = 1024
+) -> dict[str, float]:
     """Recalls from embeddings: image (n, D), text (m, D), owners (m,) → {"i2t_r1": …, "t2i_r1": …} in 0…1.
 
     Memory is chunk · max(n, m). Raises `DataError` for embeddings that are not finite.
@@ -67,7 +69,9 @@ def chance(n: int, owners: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float]
     return out
 
 
-def retrieve(model: towers.Model | str, source: Any, config: RetrieveConfig, data: str = "", out: Path | None = None) -> Result:
+def retrieve(
+    model: towers.Model | str, source: Any, config: RetrieveConfig, data: str = "", out: Path | None = None
+) -> Result:
     """Score `model` (a model, a run directory or a tag) on every pair of `source`; writes `out/result.json`.
 
     metrics: recalls in 0…1, `chance_…` beside them, pictures, texts, and texts truncated at the context.
@@ -109,5 +113,7 @@ def held_out(model: str, data: str) -> str | None:
     if not recipe.exists():
         return None
     trained = load(Recipe, recipe).data
-    same = trained.pairs == data or (Path(trained.pairs).exists() and Path(trained.pairs).resolve() == Path(data).resolve())
+    same = trained.pairs == data or (
+        Path(trained.pairs).exists() and Path(trained.pairs).resolve() == Path(data).resolve()
+    )
     return f"NOT ({trained.where})" if same and trained.where else None

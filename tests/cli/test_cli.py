@@ -1,0 +1,82 @@
+"""The command line, run as commands: help that is quick, errors without tracebacks, the README's chain on real data."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import run_cutline
+
+from cutline.record import Result
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nsys.argv = ['cutline', '--help']\nfrom cutline.cli import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'lance', 'open_clip', 'timm', 'torchvision', 'matplotlib', 'pyarrow') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().endswith("[]")
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["train", "no-such.yaml"], "cannot read the recipe 'no-such.yaml'"),
+        (["quickstart", "--size", "huge"], "tiny, small, full"),
+        (["transfer", "segment", "--encoder", "scratch:vit-tiny-64", "--data", "camvd:x"], "camvid"),
+        (["zeroshot", "retrieve", "--model", "nowhere", "--data", "scenes:n=4"], "nowhere"),
+        (["pairs", "info", "no-such.lance"], "no-such.lance"),
+        (
+            ["transfer", "depth", "--encoder", "scratch:vit-tiny-64", "--data", "scenes:n=4", "stepz=3"],
+            "did you mean 'steps'",
+        ),
+    ],
+)
+def test_user_errors_are_one_message_without_a_traceback(tmp_path, command, message):
+    done = run_cutline(*command, cwd=tmp_path)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Traceback" in run_cutline("--debug", *command, cwd=tmp_path).stderr
+
+
+def test_the_readme_chain_on_real_photos(real_data, tmp_path):
+    """Tars → table → training → retrieval → segmentation and depth, a few steps each."""
+    small = ["train.samples=64", "train.batch=16", "train.warmup=1", "data.threads=1"]
+    recipe = __file__.replace("tests/cli/test_cli.py", "recipes/flickr8k-small.yaml")
+    brief = ["steps=2", "labels=4", "pictures=4", "batch=2", "channels=16"]
+    commands = [
+        ["pairs", "create", "flickr.lance", f"{real_data}/flickr8k/{{00000..00003}}.tar", "--alt", "txt", "--captions", "json:captions"],
+        ["train", recipe, "data.pairs=flickr.lance", *small],
+        ["zeroshot", "retrieve", "--model", "runs/flickr8k-small", "--data", "flickr.lance"],
+        ["transfer", "segment", "--encoder", "runs/flickr8k-small", "--data", f"camvid:{real_data}/camvid", *brief],
+        ["transfer", "depth", "--encoder", "runs/flickr8k-small", "--data", f"folder:{real_data}/rgbd", *brief],
+    ]  # fmt: skip
+    outputs = []
+    for command in commands:
+        done = run_cutline(*command, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        outputs.append(done.stdout)
+    assert "4,000" in outputs[0]
+    run = tmp_path / "runs" / "flickr8k-small"
+    scores = {p.parent.name.split("-")[0]: Result.read(p.parent) for p in run.glob("*/result.json")}
+    assert scores.keys() == {"retrieve", "segment", "depth"}
+    assert scores["retrieve"].metrics["pictures"] == 500  # held out by the recipe's filter
+    assert scores["retrieve"].metrics["t2i_r10"] >= scores["retrieve"].metrics["chance_t2i_r10"] / 4
+    assert 0 <= scores["segment"].metrics["miou"] < 1
+    assert scores["depth"].metrics["rmse"] > 0
+    assert all("Written:" in o for o in outputs)
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 4
+
+
+def test_scenes_as_pairs_and_labels(tmp_path):
+    done = run_cutline("scenes", "s.lance", "--n", "12", "--size", "48", "--labels", "labels", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "captions" in run_cutline("pairs", "info", "s.lance", cwd=tmp_path).stdout
+    assert run_cutline("pairs", "check", "s.lance", cwd=tmp_path).returncode == 0
+    assert len(list((tmp_path / "labels").rglob("*.png"))) >= 24
+    exported = run_cutline("pairs", "export", "s.lance", "tars", cwd=tmp_path)
+    assert exported.returncode == 0, exported.stderr
+    assert run_cutline("pairs", "create", "back.lance", "tars/*.tar", cwd=tmp_path).returncode == 0

@@ -1,0 +1,178 @@
+"""Plans, statistics and the report; the quickstart itself is run by its command."""
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import run_cutline
+
+from cutline.errors import ConfigError, DataError
+from cutline.record import Protocol, Result
+from cutline.study.plan import SIZES, Plan, load_plan, quickstart_plan
+from cutline.study.runner import Cell, results
+from cutline.study.statistics import difference, headline
+
+TINY = {
+    "name": "test",
+    "seeds": [0, 1],
+    "base": {
+        "data": {"pairs": "scenes:n=32,size=48,seed=1", "cache": True, "threads": 1},
+        "towers": {
+            "custom": {
+                "embed_dim": 16,
+                "vision_cfg": {"image_size": 48, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16},
+                "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "layers": 1, "heads": 1},
+            }
+        },
+        "train": {"batch": 8, "samples": 16, "warmup": 1, "save_every": 1, "log_every": 1},
+    },
+    "arms": {"scratch": None, "alt text": {"data.text.columns": {"alt": 1}}, "captions": {"data.text.columns": {"captions": 1}}},
+    "compare": ["captions", "alt text"],
+    "show": 2,
+    "tasks": {
+        "seg": {"task": "segment", "data": "scenes:n=8,size=48,seed=2", "config": {"head": "linear", "frozen": True, "steps": 2, "batch": 4}},
+        "depth": {"task": "depth", "data": "scenes:n=8,size=48,seed=2", "config": {"head": "linear", "frozen": True, "steps": 2, "batch": 4}},
+    },
+}  # fmt: skip
+
+
+def made(scores: dict[str, list[float]], **settings) -> dict[Cell, Result]:
+    """Results of the task "seg" by arm and seed."""
+    return {
+        Cell(arm, seed, "seg"): Result(
+            metrics={"miou": value},
+            protocol=Protocol(
+                task="segment", data="d", data_fingerprint="f", split="test", settings=settings, seed=seed
+            ),
+        )
+        for arm, values in scores.items()
+        for seed, value in enumerate(values)
+    }
+
+
+@pytest.fixture
+def plan() -> Plan:
+    return Plan.model_validate(TINY | {"tasks": {"seg": TINY["tasks"]["seg"]}})
+
+
+def test_every_size_is_a_valid_plan_with_the_same_arms_and_tasks():
+    plans = [quickstart_plan(size) for size in SIZES]
+    assert len({tuple(p.arms) for p in plans}) == 1
+    assert len({tuple(t.task for t in p.tasks.values()) for p in plans}) == 1
+    assert list(plans[0].arms) == ["scratch", "CLIP on alt text", "CLIP on quality captions"]
+    for p in plans:
+        trained = [p.recipe(a, 0).model_dump(exclude={"name": True, "data": {"text"}}) for a in p.arms]
+        assert trained[0] == trained[1] == trained[2]  # the arms differ in their text alone
+
+
+def test_labels_and_tests_come_from_other_scenes_than_pretraining():
+    for size in SIZES:
+        p = quickstart_plan(size)
+        seeds = {t.data.partition("seed=")[2] for t in p.tasks.values()}
+        assert p.base["data"]["pairs"].partition("seed=")[2].split(",")[0] not in seeds
+
+
+def test_a_plan_with_an_unknown_arm_or_key_is_refused(tmp_path):
+    (tmp_path / "a.yaml").write_text(yaml.safe_dump(TINY | {"compare": ["captions", "no such"]}))
+    with pytest.raises(ConfigError, match="no such"):
+        load_plan(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text(yaml.safe_dump(TINY | {"arm": {}}))
+    with pytest.raises(ConfigError, match="did you mean 'arms'"):
+        load_plan(tmp_path / "b.yaml")
+    with pytest.raises(ConfigError, match="huge.*tiny, small, full"):
+        quickstart_plan("huge")
+
+
+def test_differences_are_paired_over_seeds(plan):
+    found = made({"captions": [0.50, 0.70], "alt text": [0.40, 0.58]})
+    d = difference(plan, found, "seg", "captions", "alt text")
+    assert d.mean == pytest.approx(11.0)
+    assert d.spread == pytest.approx(math.sqrt(2))  # of 10 and 12
+    assert d.verdict == "better"
+
+
+def test_a_difference_within_the_spread_is_called_none(plan):
+    found = made({"captions": [0.50, 0.40], "alt text": [0.40, 0.48]})
+    assert difference(plan, found, "seg", "captions", "alt text").verdict == "no clear difference"
+    assert "no clear difference" in headline(plan, found)
+
+
+def test_one_seed_needs_a_larger_difference(plan):
+    small, large = made({"captions": [0.505], "alt text": [0.5]}), made({"captions": [0.4], "alt text": [0.5]})
+    assert difference(plan, small, "seg", "captions", "alt text").verdict == "no clear difference"
+    assert difference(plan, large, "seg", "captions", "alt text").verdict == "worse"
+    assert difference(plan, large, "seg", "captions", "alt text").spread is None
+
+
+def test_scores_of_other_protocols_never_share_a_column(plan):
+    found = made({"captions": [0.5]}, crop=64) | made({"alt text": [0.5]}, crop=128)
+    with pytest.raises(DataError, match="crop: 64 against 128"):
+        difference(plan, found, "seg", "captions", "alt text")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory) -> Path:
+    """A small study run by its command, after it was killed twice at random moments."""
+    folder = tmp_path_factory.mktemp("study")
+    (folder / "plan.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
+    command = [sys.executable, "-m", "cutline.cli", "study", "plan.yaml", "--out", "out"]
+    for _ in range(2):
+        child = subprocess.Popen(
+            command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
+        )
+        time.sleep(random.uniform(6, 14))
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+    done = run_cutline("study", "plan.yaml", "--out", "out", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout").write_text(done.stdout)
+    return folder
+
+
+def test_a_killed_study_goes_on_and_finishes_every_cell(study):
+    plan = load_plan(study / "plan.yaml")
+    assert len(results(plan, study / "out")) == 3 * 2 * 2
+    assert "difference" in (study / "stdout").read_text()
+
+
+def test_a_finished_study_does_nothing_again(study):
+    plan = load_plan(study / "plan.yaml")
+    paths = [c.folder(study / "out") / "result.json" for c in results(plan, study / "out")]
+    before = [p.stat().st_mtime_ns for p in paths]
+    assert run_cutline("study", "plan.yaml", "--out", "out", cwd=study).returncode == 0
+    assert [p.stat().st_mtime_ns for p in paths] == before
+
+
+def test_the_report_stands_alone_and_shows_everything(study):
+    page = (study / "out" / "report.html").read_text()
+    assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
+        "http://creativecommons.org", ""
+    )
+    assert 'src="data:image/jpeg;base64,' in page
+    for text in (
+        "alt text",
+        "captions",
+        "scratch",
+        "no clear difference",
+        "How this was measured",
+        "side by side",
+        "<svg",
+    ):
+        assert text in page
+    row = json.loads((study / "out" / "captions" / "seed-0" / "metrics.jsonl").read_text().splitlines()[0])
+    assert row["step"] == 1
+
+
+def test_another_study_in_the_same_folder_is_refused(study):
+    done = run_cutline("study", "plan.yaml", "--out", "out", "seeds=[5]", cwd=study)
+    assert done.returncode == 1
+    assert "holds another study" in done.stderr
+    assert "Traceback" not in done.stderr
