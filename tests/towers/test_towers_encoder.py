@@ -291,3 +291,10 @@ def test_drop_path_drops_whole_branches_and_keeps_their_mean(model_of):
 def test_a_drop_path_that_is_no_rate_is_refused(model_of, rate):
     with pytest.raises(ConfigError, match=r"\[0, 1\)"):
         towers.load_encoder(model_of("vit")).set_drop_path(rate)
+
+
+def test_a_tower_without_a_place_for_drop_path_takes_none(model_of):
+    encoder = towers.load_encoder(model_of("resnet"))
+    encoder.set_drop_path(0.0)
+    with pytest.raises(ConfigError, match="no residual blocks for drop path; set it to 0"):
+        encoder.set_drop_path(0.1)

@@ -30,7 +30,7 @@ def set_drop_path(tower: nn.Module, rate: float) -> None:
     if not 0 <= rate < 1:
         raise ConfigError(f"drop path must be in [0, 1), not {rate}.")
     blocks = [m for m in tower.modules() if any(isinstance(getattr(m, p, None), nn.Module) for p in _PLACES)]
-    if not blocks:
+    if not blocks and rate:
         raise ConfigError(f"{type(tower).__name__} has no residual blocks for drop path; set it to 0.")
     for i, block in enumerate(blocks):
         own = rate * i / max(len(blocks) - 1, 1)
