@@ -13,7 +13,9 @@ from PIL import Image
 Member = tuple[str, bytes]
 
 
-def picture(seed: int, form: str = "JPEG", size: tuple[int, int] = (24, 16), mode: str = "RGB", **options: Any) -> bytes:
+def picture(
+    seed: int, form: str = "JPEG", size: tuple[int, int] = (24, 16), mode: str = "RGB", **options: Any
+) -> bytes:
     """A smooth picture, different for each seed; `size` is (width, height)."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 255, (4, 4, 3), dtype=np.uint8))

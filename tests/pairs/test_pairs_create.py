@@ -163,7 +163,11 @@ def test_too_many_bad_samples_stop_the_work_and_say_how_to_go_on(tmp_path):
 
 @pytest.mark.parametrize(
     ("members", "message"),
-    [([("1.txt", b"a"), ("2.txt", b"b")], "no picture"), ([], "no pair was found"), ([("1.jpg", picture(0))], "no text")],
+    [
+        ([("1.txt", b"a"), ("2.txt", b"b")], "no picture"),
+        ([], "no pair was found"),
+        ([("1.jpg", picture(0))], "no text"),
+    ],
 )
 def test_source_without_a_pair_leaves_nothing(tmp_path, members, message):
     path = write_tar(tmp_path / "a.tar", members)
@@ -247,7 +251,10 @@ def test_size_of_a_jpeg_with_large_metadata_and_a_turn(tmp_path):
 
 
 def test_rows_made_by_a_program(tmp_path):
-    rows = [{"key": f"s{i}", "image": picture(i, "PNG"), "alt": f" a{i}", "captions": ["x", f"y{i}"], "kind": "good"} for i in range(9)]
+    rows = [
+        {"key": f"s{i}", "image": picture(i, "PNG"), "alt": f" a{i}", "captions": ["x", f"y{i}"], "kind": "good"}
+        for i in range(9)
+    ]
     report = create_from_rows(tmp_path / "t.lance", iter(rows))
     pairs = Pairs.open(tmp_path / "t.lance")
     assert report.kept == 9
@@ -269,7 +276,11 @@ def test_fingerprint_is_of_the_contents(tmp_path, shards, table):
     assert Pairs.open(tmp_path / "same.lance").fingerprint == table.fingerprint
 
     prints = {table.fingerprint}
-    for name, change in {"text": {"txt": b"other"}, "picture": {"jpg": picture(1234)}, "caption": {"json": b"{}"}}.items():
+    for name, change in {
+        "text": {"txt": b"other"},
+        "picture": {"jpg": picture(1234)},
+        "caption": {"json": b"{}"},
+    }.items():
         write_tar(moved / "00001.tar", [m for n in range(40, 80) for m in sample(n, **(change if n == 60 else {}))])
         create(tmp_path / f"{name}.lance", [str(moved / "*.tar")], **options)
         prints.add(Pairs.open(tmp_path / f"{name}.lance").fingerprint)

@@ -73,8 +73,7 @@ def test_cut_off_tar_gives_what_came_before_and_says_where(tmp_path, cut):
     found = []
     fd = os.open(path, os.O_RDONLY)
     with pytest.raises(BrokenTar, match="cut off|no end mark"):
-        for m in members(Window(fd)):
-            found.append(m)
+        found.extend(members(Window(fd)))
     os.close(fd)
     assert found == ([("a.txt", 512, 100)] if cut >= 612 else [])
 
@@ -93,12 +92,26 @@ def test_groups_as_webdataset_does(tmp_path):
 
     from cutline.pairs import Pairs, create
 
-    names = ["x/a.b/1.jpg", "x/a.b/1.seg.png", "x/a.b/1.txt", "2.JPG", "2.txt", ".hidden.jpg", "3.jpg", "3.txt", "plain"]
-    path = write_tar(tmp_path / "a.tar", [(n, picture(i) if "txt" not in n else n.encode()) for i, n in enumerate(names)])
+    names = [
+        "x/a.b/1.jpg",
+        "x/a.b/1.seg.png",
+        "x/a.b/1.txt",
+        "2.JPG",
+        "2.txt",
+        ".hidden.jpg",
+        "3.jpg",
+        "3.txt",
+        "plain",
+    ]
+    path = write_tar(
+        tmp_path / "a.tar", [(n, picture(i) if "txt" not in n else n.encode()) for i, n in enumerate(names)]
+    )
     create(tmp_path / "t.lance", [path], show=False)
     rows = (p := Pairs.open(tmp_path / "t.lance")).read(range(len(p)), ["key", "image", "alt"])
     theirs = [s for s in webdataset.WebDataset(str(path), shardshuffle=False) if "jpg" in s and "txt" in s]
-    assert [(r["key"], r["image"], r["alt"]) for r in rows] == [(s["__key__"], s["jpg"], s["txt"].decode()) for s in theirs]
+    assert [(r["key"], r["image"], r["alt"]) for r in rows] == [
+        (s["__key__"], s["jpg"], s["txt"].decode()) for s in theirs
+    ]
 
 
 def test_large_pictures_are_jumped_over(tmp_path, monkeypatch):
@@ -109,5 +122,3 @@ def test_large_pictures_are_jumped_over(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pread", lambda fd, n, at: read.append(n) or pread(fd, n, at))
     assert len(index(path)) == 4
     assert sum(read) <= 6 * 64 * 1024
-
-

@@ -29,7 +29,7 @@ class BadPicture(DataError):
     """A picture that cannot be decoded. `reason`: "empty", "not a picture", "truncated", "bomb" or "broken"."""
 
     def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason} picture: {detail}")
+        super().__init__(f"a picture cannot be used ({reason}): {detail}")
         self.reason = reason
 
 

@@ -42,7 +42,7 @@ def export(
     webdataset: `00000.tar`, … with KEY.jpg (or .png, …), the alt text as KEY.txt and the other columns as KEY.json; a
     `.` in a key becomes `_`, because webdataset ends the key there. parquet: `00000.parquet`, … with the picture's
     bytes in `image`. columns: those to write beside the key and picture (all). Both can be read back by `create`
-    (`--alt txt --captions json:captions`). Raises `DataError` if `out` holds something else.
+    (`--alt txt --captions json:captions`). A second start takes whole shards as they are. Raises `DataError` if `out` holds something else.
     """
     writers = {"webdataset": ("tar", _tar), "parquet": ("parquet", _parquet)}
     if format not in writers:
@@ -50,10 +50,11 @@ def export(
     suffix, write = writers[format]
     columns = [c for c in columns or pairs.columns if c not in ("key", "image")]
     out, begun = Path(out), time.monotonic()
-    _claim(out, {"pairs": pairs.fingerprint, "format": format, "columns": columns, "shard_size": shard_size})
-    report = IngestReport(out=str(out))
+    pairs.check_columns(columns)
     if format == "webdataset":
         _check_names(pairs)
+    _claim(out, {"pairs": pairs.fingerprint, "format": format, "columns": columns, "shard_size": shard_size})
+    report = IngestReport(out=str(out))
     with progress(f"export {format}", len(pairs), "pairs", show) as tick:
         for number, start in enumerate(range(0, len(pairs), shard_size)):
             stop = min(start + shard_size, len(pairs))

@@ -104,7 +104,7 @@ def ingest(
             with progress("pairs create", None, "pairs", show) as tick:
                 return writer.run(tick)
         finally:
-            if writer.dataset is None:  # nothing was written: leave nothing
+            if not any(p != side_folder(out) for p in out.iterdir()):  # nothing was written: leave nothing
                 writer.journal.clear()
                 out.rmdir()
 
@@ -198,6 +198,7 @@ class _Writer:
                     self.before = earlier + time.monotonic() - begun
                     if sum(map(len, self.batches)) >= COMMIT or self.batch_bytes >= COMMIT_BYTES:
                         self._commit()
+        self.unit, self.consumed = len(self.units), 0
         tick(self._flush())
         self.before = self.report.seconds = earlier + time.monotonic() - begun
         self._commit()

@@ -112,7 +112,7 @@ class Pairs:
 
     def provenance(self, column: str) -> Provenance | None:
         """Where a column came from; None for one that was not written by Cutline."""
-        self._check([column])
+        self.check_columns([column])
         text = (self.schema.field(column).metadata or {}).get(KEY.encode())
         return Provenance.model_validate_json(text) if text else None
 
@@ -140,7 +140,7 @@ class Pairs:
 
     def take(self, rows: Sequence[int] | Rows, columns: Sequence[str]) -> pa.Table:
         """Columns of some rows as Arrow, in the order asked; pictures come as Lance's descriptors, not as bytes."""
-        self._check(columns)
+        self.check_columns(columns)
         return self.dataset.take(self._index(rows), columns=list(columns))
 
     def picture_names(self, rows: Sequence[int] | Rows) -> list[str | None]:
@@ -166,7 +166,7 @@ class Pairs:
         list[str] or None; a fixed-size list (an embedding) is a numpy array. Raises `DataError` for an unknown column
         and IndexError for a row that is not there.
         """
-        self._check(columns)
+        self.check_columns(columns)
         index = self._index(rows)
         if not len(index):
             return []
@@ -212,7 +212,7 @@ class Pairs:
 
     def drop(self, name: str) -> "Pairs":
         """The table without a column, as a new version; older versions keep it. Raises `DataError`."""
-        self._check([name])
+        self.check_columns([name])
         if name in OWN:
             raise DataError(f"the column {name!r} cannot be dropped: every table of pairs has it.")
         dataset = lance.dataset(self.path)
@@ -222,7 +222,8 @@ class Pairs:
             raise DataError(f"the column {name!r} could not be dropped: {e}") from e
         return Pairs.open(self.path, self.filter)
 
-    def _check(self, columns: Sequence[str]) -> None:
+    def check_columns(self, columns: Sequence[str]) -> None:
+        """Raise `DataError` for a column that is not there."""
         unknown = [c for c in columns if c not in self.columns]
         if unknown:
             raise DataError(

@@ -1,0 +1,236 @@
+"""Kill `create` and `add_column` anywhere: what is on disk opens, and a second start ends as an undisturbed one."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import lance
+import pytest
+from pairs_made import sample, write_tar
+
+from cutline.errors import DataError
+from cutline.pairs import Pairs, Provenance, create, ingest
+from cutline.pairs.journal import locked
+
+OPTIONS = {"captions": "json:captions", "max_bad": 0.5, "show": False}
+
+
+@pytest.fixture
+def small_commits(monkeypatch):
+    monkeypatch.setattr(ingest, "BATCH", 8)
+    monkeypatch.setattr(ingest, "COMMIT", 16)
+
+
+@pytest.fixture
+def bad_shards(tmp_path: Path) -> list[Path]:
+    """Shards with something to count in each; the last one is cut off."""
+    shards = []
+    for s in range(3):
+        members = [m for n in range(30 * s, 30 * s + 30) for m in sample(n, txt=None if n % 9 == 0 else b" padded ")]
+        shards.append(write_tar(tmp_path / f"{s}.tar", [*members, *sample(1)]))
+    raw = shards[-1].read_bytes()
+    shards[-1].write_bytes(raw[: raw.find(b"000085.jpg") + 700])
+    return shards
+
+
+def contents(path: Path) -> list:
+    pairs = Pairs.open(path)
+    return [
+        pairs.fingerprint,
+        pairs.read(range(len(pairs)), pairs.columns),
+        pairs.report.skipped,
+        pairs.report.repaired,
+    ]
+
+
+class Crash(BaseException):
+    pass
+
+
+def crash_at(monkeypatch, calls: int, after: bool) -> None:
+    """Let the process "die" before or after its n-th write of any kind."""
+    left = [calls]
+
+    def wrap(owner, name):
+        real = getattr(owner, name)
+
+        def write(*args, **options):
+            left[0] -= 1
+            if left[0] == 0 and not after:
+                raise Crash
+            result = real(*args, **options)
+            if left[0] == 0:
+                raise Crash
+            return result
+
+        monkeypatch.setattr(owner, name, write)
+
+    wrap(lance, "write_dataset")
+    wrap(ingest.Journal, "write")
+    wrap(lance.LanceDataset, "update_field_metadata")
+    wrap(lance.LanceDataset, "update_schema_metadata")
+
+
+def test_create_goes_on_after_a_crash_at_any_write(tmp_path, bad_shards, small_commits, monkeypatch):
+    create(tmp_path / "whole.lance", bad_shards, **OPTIONS)
+    expected = contents(tmp_path / "whole.lance")
+    crashes = 0
+    for after in (False, True):
+        for calls in range(1, 100):
+            out = tmp_path / f"{calls}{after}.lance"
+            with monkeypatch.context() as m:
+                crash_at(m, calls, after)
+                try:
+                    create(out, bad_shards, **OPTIONS)
+                    break
+                except Crash:
+                    crashes += 1
+            if (out / "_versions").exists() and Pairs.open(out, unfinished=True).finished is False:
+                with pytest.raises(DataError, match=r"cut off after \d+ pairs.*again"):
+                    Pairs.open(out)
+                create(out, bad_shards, **OPTIONS)
+            elif not (out / "_versions").exists():
+                create(out, bad_shards, **OPTIONS)
+            assert contents(out) == expected
+    assert crashes > 20
+
+
+def test_unfinished_create_refuses_other_sources(tmp_path, bad_shards, small_commits, monkeypatch):
+    with monkeypatch.context() as m:
+        crash_at(m, 4, after=True)
+        with pytest.raises(Crash):
+            create(tmp_path / "t.lance", bad_shards, **OPTIONS)
+    for sources, options in [(bad_shards[:2], OPTIONS), (bad_shards, OPTIONS | {"captions": None})]:
+        with pytest.raises(DataError, match="unfinished create of other sources or options"):
+            create(tmp_path / "t.lance", sources, **options)
+    create(tmp_path / "t.lance", bad_shards, **OPTIONS | {"max_bad": 0.9})
+
+
+CREATE = """
+import sys
+from cutline.pairs import create, ingest
+import lance
+ingest.BATCH, ingest.COMMIT = 8, 16
+print("go", flush=True)
+create(sys.argv[1], sys.argv[2:], captions="json:captions", max_bad=0.5, show=False)
+"""
+
+ADD = """
+import sys, time
+from cutline.pairs import Pairs, Provenance
+pairs = Pairs.open(sys.argv[1])
+print("go", flush=True)
+calls = open(sys.argv[2], "a")
+def made(rows):
+    print(len(rows), rows[0]["key"], file=calls, flush=True)
+    time.sleep(0.005)
+    return [r["alt"].upper() for r in rows]
+pairs.add_column("upper", made, columns=["key", "alt"], batch=4, provenance=Provenance(how="test", time=""), show=False)
+"""
+
+
+def kill_until_done(code: str, *args: str, longest: float, kills: int, seed: int, done: Callable[[], bool]) -> int:
+    """Start `code` and kill it after a random time, up to `kills` times, then let it end.
+
+    done: whether the work was whole when the kill came. Returns the kills that hit.
+    """
+    rng, hits = random.Random(seed), 0
+    for turn in range(kills + 1):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert child.stdout.readline() == "go\n", child.stderr.read()
+        if turn < kills:
+            time.sleep(rng.uniform(0, longest))
+            child.send_signal(signal.SIGKILL)
+        _, error = child.communicate(timeout=60)
+        hits += child.returncode == -signal.SIGKILL
+        if child.returncode == 0 or done():
+            return hits
+        assert child.returncode == -signal.SIGKILL, error
+    raise AssertionError("it never came to its end")
+
+
+def test_create_survives_sigkill(tmp_path, bad_shards, small_commits):
+    create(tmp_path / "whole.lance", bad_shards, **OPTIONS)
+    out = tmp_path / "killed.lance"
+
+    def done() -> bool:
+        return (out / "_versions").exists() and Pairs.open(out, unfinished=True).finished
+
+    kill_until_done(CREATE, str(out), *map(str, bad_shards), longest=0.12, kills=3, seed=1, done=done)
+    assert contents(out) == contents(tmp_path / "whole.lance")
+
+
+def test_add_column_survives_sigkill(tmp_path, table):
+    calls = tmp_path / "calls"
+
+    def done() -> bool:
+        return "upper" in Pairs.open(table.path).columns
+
+    hits = kill_until_done(ADD, table.path, str(calls), longest=0.15, kills=3, seed=2, done=done)
+    pairs = Pairs.open(table.path)
+    assert [r["upper"] for r in pairs.read(range(120), ["upper"])] == [f"ALT {n}" for n in range(120)]
+    made = [line.split()[1] for line in calls.read_text().splitlines()]
+    assert sorted(set(made)) == [f"{n:06d}" for n in range(0, 120, 4)]
+    assert len(made) <= 30 + hits  # at most the batch in flight is made again
+    assert not list((Path(table.path) / "_cutline").glob("add-upper/*"))
+
+
+def test_only_one_process_creates_a_table(tmp_path, bad_shards):
+    code = "import sys, time\nfrom cutline.pairs.journal import locked\n"
+    code += "with locked(sys.argv[1], 'create'):\n    print('go', flush=True)\n    time.sleep(60)"
+    out = tmp_path / "t.lance"
+    child = subprocess.Popen([sys.executable, "-c", code, str(out)], stdout=subprocess.PIPE, text=True)
+    try:
+        child.stdout.readline()
+        with pytest.raises(DataError, match="another process is at work"):
+            create(out, bad_shards, **OPTIONS)
+    finally:
+        child.kill()
+        child.wait()
+    create(out, bad_shards, **OPTIONS)  # the lock went with its process
+    with locked(out, "create"):
+        pass
+
+
+def test_torn_record_of_a_column_is_made_again(tmp_path, table):
+    provenance = Provenance(how="test")
+    calls = []
+
+    def made(rows):
+        calls.append(rows[0]["key"])
+        if len(calls) == 6:
+            raise RuntimeError("the model fell over")
+        return [int(r["key"]) for r in rows]
+
+    with pytest.raises(RuntimeError, match="fell over"):
+        table.add_column("number", made, batch=10, provenance=provenance, show=False)
+    (piece,) = (Path(table.path) / "_cutline" / "add-number").glob("*.rows")
+    piece.write_bytes(piece.read_bytes()[:-3])
+    assert Pairs.open(table.path).columns == table.columns
+    with pytest.raises(DataError, match=r"begun with other settings \(provenance\)"):
+        table.add_column("number", made, batch=10, provenance=Provenance(how="else"), show=False)
+    again = table.add_column("number", made, batch=10, provenance=Provenance(how="test", time="later"), show=False)
+    assert calls == [f"{n:06d}" for n in (0, 10, 20, 30, 40, 50, 40, 50, 60, 70, 80, 90, 100, 110)]
+    assert [r["number"] for r in again.read(range(120), ["number"])] == list(range(120))
+
+
+def test_restart_drops_what_was_there(table):
+    def fails(rows):
+        if rows[0]["key"] == "000100":
+            raise RuntimeError
+        return [0] * len(rows)
+
+    with pytest.raises(RuntimeError):
+        table.add_column("x", fails, batch=10, show=False)
+    with pytest.raises(DataError, match="restart=True"):
+        table.add_column("x", lambda rows: [1] * len(rows), type="int32", show=False)
+    new = table.add_column("x", lambda rows: [1] * len(rows), type="int32", restart=True, show=False)
+    assert {r["x"] for r in new.read(range(120), ["x"])} == {1}
