@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional as tf
 from cutline.errors import ConfigError, DataError
 from cutline.pairs import create
 from cutline.train.stream import Augment, Stream, TextConfig, open_source
-from cutline.train.stream.order import rng
+from cutline.train.stream.order import draws
 
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 OTHERS = {3: "PNG", 8: "WEBP", 13: "GIF"}  # the rest are JPEGs
@@ -86,7 +86,7 @@ def test_views_equal_pillow_and_torchvision(table: Path) -> None:
         for key, view in zip(batch.keys, batch.views["image"], strict=True):
             row = int(key[1:])
             image = Image.open(io.BytesIO(source.read([row], ["image"])[0]["image"])).convert("RGB")
-            how = augment.draw(image.height, image.width, rng(1, 0, row, "image").random)
+            how = augment.draw(image.height, image.width, draws(1, 0, row, "image"))
             crop = how.top, how.left, how.height, how.width
             peer = tf.resized_crop(image, *crop, [48, 48], v2.InterpolationMode.BICUBIC)
             peer = tf.hflip(peer) if how.flip else peer

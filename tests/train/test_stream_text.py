@@ -6,14 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from cutline.train.stream.order import rng
+from cutline.train.stream.order import draws
 from cutline.train.stream.text import TextConfig
 
 ROW = {"alt": "a", "captions": ["x", "y", "z"], "none": None, "blank": ["", "  "]}
 
 
 def many(config: TextConfig, row: dict, n: int = 6000) -> list[dict[str, list[str]]]:
-    return [config.choose(row, rng(0, 0, i, "text").random) for i in range(n)]
+    return [config.choose(row, draws(0, 0, i, "text")) for i in range(n)]
 
 
 def test_sample_follows_the_weights_and_is_even_within_a_column() -> None:
@@ -32,7 +32,7 @@ def test_null_and_blank_captions_fall_back_to_the_other_columns() -> None:
 def test_nothing_to_say_gives_the_empty_text() -> None:
     for rule in ("sample", "all"):
         config = TextConfig(columns={"none": 1.0, "blank": 1.0}, rule=rule)
-        assert config.choose(ROW, rng(0, 0, 0, "text").random) == {"text": [""]}
+        assert config.choose(ROW, draws(0, 0, 0, "text")) == {"text": [""]}
 
 
 def test_sum_gives_a_text_per_column_and_the_weights_to_the_loss() -> None:
@@ -48,9 +48,7 @@ def test_sum_gives_a_text_per_column_and_the_weights_to_the_loss() -> None:
 
 def test_all_gives_every_caption_or_a_random_subset() -> None:
     columns = {"alt": 1.0, "captions": 1.0, "none": 1.0}
-    assert TextConfig(columns=columns, rule="all").choose(ROW, rng(0, 0, 0, "t").random) == {
-        "text": ["a", "x", "y", "z"]
-    }
+    assert TextConfig(columns=columns, rule="all").choose(ROW, draws(0, 0, 0, "t")) == {"text": ["a", "x", "y", "z"]}
     chosen = many(TextConfig(columns=columns, rule="all", max_texts=2), ROW)
     counts = np.array([sum(t in c["text"] for c in chosen) for t in "axyz"]) / len(chosen)
     assert {len(c["text"]) for c in chosen} == {2}
@@ -66,7 +64,7 @@ def test_a_text_is_empty_only_where_all_columns_are(values: list, row: int) -> N
     flat = [t for v in values for t in ([v] if isinstance(v, str) else v or []) if t.strip()]
     for rule in ("sample", "sum", "all"):
         config = TextConfig(columns=dict.fromkeys("abc", 1.0), rule=rule, max_texts=20)
-        chosen = [t for texts in config.choose(record, rng(0, 0, row, "t").random).values() for t in texts]
+        chosen = [t for texts in config.choose(record, draws(0, 0, row, "t")).values() for t in texts]
         assert all(t in flat for t in chosen) if flat else set(chosen) == {""}
 
 

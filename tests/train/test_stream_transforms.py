@@ -9,7 +9,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tf
 
-from cutline.train.stream.order import rng
+from cutline.train.stream.order import draws
 from cutline.train.stream.randaugment import BINS, OPERATIONS, carry_out, draw_operations
 from cutline.train.stream.transforms import Augment, Augmentation, Normalize, box, decode_size
 
@@ -26,7 +26,7 @@ def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
 )
 def test_crops_are_distributed_like_torchvisions(height: int, width: int, scale: tuple[float, float]) -> None:
     augment = Augment(scale=scale, flip=0.5)
-    ours = [augment.draw(height, width, rng(0, 0, i, "image").random) for i in range(4000)]
+    ours = [augment.draw(height, width, draws(0, 0, i, "image")) for i in range(4000)]
     torch.manual_seed(0)
     get = v2.RandomResizedCrop(32, scale=scale).make_params
     picture = torch.zeros(3, height, width)
@@ -58,7 +58,7 @@ def test_pixels_equal_torchvisions_crop_and_resize(interpolation: str, size: int
 def test_an_augmentation_replays_to_the_bit() -> None:
     picture, augment = photo(90, 120), Augment(scale=(0.3, 1.0), flip=0.5, operations=2)
     for i in range(20):
-        how = augment.draw(90, 120, rng(0, 1, i, "image").random)
+        how = augment.draw(90, 120, draws(0, 1, i, "image"))
         stored = Augmentation(*how)
         assert np.array_equal(augment.apply(picture, how, 48), augment.apply(picture, stored, 48))
 
@@ -70,7 +70,7 @@ def test_a_picture_decoded_at_a_fraction_gives_nearly_the_same_view(factor: int)
     small = torch.nn.functional.avg_pool2d(pixels, factor).permute(1, 2, 0).round().byte().numpy()
     augment = Augment(scale=(0.3, 1.0))
     for i in range(10):
-        how = augment.draw(480, 640, rng(0, 0, i, "image").random)
+        how = augment.draw(480, 640, draws(0, 0, i, "image"))
         a, b = augment.apply(picture, how, 64).astype(int), augment.apply(small, how, 64).astype(int)
         shifted = np.abs(a[:, 1:] - a[:, :-1]).mean()
         assert np.abs(a - b).mean() < shifted  # less than one pixel of the view away
@@ -80,7 +80,7 @@ def test_a_jpeg_is_decoded_at_the_smallest_power_of_two_that_is_enough_for_all_v
     met = set()
     for i in range(400):
         h, w = 50 + 7 * i, 900 - 2 * i
-        views = [(Augment(scale=(0.05, 1.0)).draw(h, w, rng(0, 0, i, u).random), s) for u, s in (("a", 64), ("b", 24))]
+        views = [(Augment(scale=(0.05, 1.0)).draw(h, w, draws(0, 0, i, u)), s) for u, s in (("a", 64), ("b", 24))]
         chosen = decode_size(views)
         enough = [f for f in (1, 2, 4, 8) if all(min(v.height, v.width) / f >= s for v, s in views)] or [1]
         assert chosen == (None if enough[-1] == 1 else math.ceil(min(h, w) / enough[-1]))
@@ -92,7 +92,7 @@ def test_crops_stay_inside_also_of_tiny_and_extreme_pictures() -> None:
     augment = Augment(scale=(0.01, 1.0), flip=0.5)
     for h, w in [(1, 1), (1, 500), (500, 1), (2, 3), (3000, 7)]:
         for i in range(30):
-            how = augment.draw(h, w, rng(0, 0, i, "image").random)
+            how = augment.draw(h, w, draws(0, 0, i, "image"))
             assert 0 <= how.top <= how.top + how.height <= h
             assert 0 <= how.left <= how.left + how.width <= w
             for dh, dw in [(h, w), (math.ceil(h / 8), math.ceil(w / 8))]:
@@ -129,7 +129,7 @@ def test_operations_equal_torchvisions_to_the_bit(name: str, magnitude: int) -> 
 
 
 def test_operations_are_drawn_evenly_with_both_signs() -> None:
-    drawn = [o for i in range(7000) for o in draw_operations(2, 9, rng(0, 0, i, "image").random)]
+    drawn = [o for i in range(7000) for o in draw_operations(2, 9, draws(0, 0, i, "image"))]
     names = [name for name, _ in drawn]
     for name, (largest, signed, _) in OPERATIONS.items():
         assert names.count(name) == pytest.approx(1000, abs=120)
@@ -143,7 +143,7 @@ def test_randaugment_changes_the_view_and_only_then() -> None:
     plain, strong = Augment(), Augment(operations=2, magnitude=20)
     changed = 0
     for i in range(30):
-        a, b = (x.draw(90, 120, rng(0, 0, i, "image").random) for x in (plain, strong))
+        a, b = (x.draw(90, 120, draws(0, 0, i, "image")) for x in (plain, strong))
         assert a[:6] == b[:6]  # the crop is the same one
         changed += not np.array_equal(plain.apply(picture, a, 48), strong.apply(picture, b, 48))
     assert changed > 24

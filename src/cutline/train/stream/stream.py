@@ -27,7 +27,7 @@ from torch import Tensor
 
 from cutline.errors import ConfigError, DataError
 from cutline.objectives.base import Batch, Texts, View
-from cutline.train.stream.order import Order, key, rng
+from cutline.train.stream.order import Order, draws, key
 from cutline.train.stream.source import Source, check_columns
 from cutline.train.stream.text import TextConfig, Tokenizer
 from cutline.train.stream.transforms import Augment, Normalize, Picture, decode_size
@@ -58,8 +58,8 @@ class Stream:
     batch: samples a step over all `world` processes; this one, `rank`, gets its equal share. block: see `Order`. size,
     mean, std: of the tower; augment: of the view "image"; views: further ones, with a crop scale of their own and
     without RandAugment. text, tokenizer: None for objectives without text. columns: table columns to collate into
-    `Batch.columns`. threads: 0 does all in the caller, None takes one per core. max_bad: share of broken pictures
-    at which to stop. pin: page-locked memory, for copies to a GPU beside its work.
+    `Batch.columns`. threads: 0 does all in the caller, None takes one per core (of this process's share). max_bad: share
+    of broken pictures at which to stop. pin: page-locked memory, for copies to a GPU beside its work.
 
     counts: pictures and texts given out, broken pictures (by reason, too), empty and truncated texts; examples: keys by
     reason; waited: seconds that the caller has waited for data. Raises `ConfigError` for an unknown column or a batch
@@ -76,7 +76,7 @@ class Stream:
         self.source, self.text, self.tokenizer = source, text, tokenizer
         self.order = Order(len(source), batch, seed, world, rank, block)
         self.max_bad = max_bad
-        self.threads = len(os.sched_getaffinity(0)) if threads is None else threads
+        self.threads = _cores() if threads is None else threads
         augment = augment or Augment()
         self.views: dict[str, tuple[Augment, int, int]] = {"image": (augment, size, 1)}  # augmentation, pixels, count
         for name, view in (views or {}).items():
@@ -185,7 +185,7 @@ class Stream:
             shape = picture.shape[:2]
         how = []
         for name, (augment, size, count) in self.views.items():
-            draw = rng(self.order.seed, epoch, row, name).random
+            draw = draws(self.order.seed, epoch, row, name)
             how += [(name, augment, size, count, c, augment.draw(shape[0], shape[1], draw)) for c in range(count)]
         if picture is None:
             try:
@@ -201,7 +201,7 @@ class Stream:
         for column in self.columns:
             part.columns.setdefault(column, []).append(values[column])
         if self.text is not None:
-            for source, texts in self.text.choose(values, rng(self.order.seed, epoch, row, "text").random).items():
+            for source, texts in self.text.choose(values, draws(self.order.seed, epoch, row, "text")).items():
                 part.texts.setdefault(source, []).append(texts)
 
     def _replacement(self, step: int, epoch: int, row: int) -> int:
@@ -294,6 +294,12 @@ class _Coming:
     def parts(self) -> list[_Part]:
         """What the tasks give; waits for them."""
         return [result() for result in self._results]
+
+
+def _cores() -> int:
+    """Cores of this process: those it may run on, shared with the other processes that torchrun started here."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def collate(values: list[Any]) -> Any:
