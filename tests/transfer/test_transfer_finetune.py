@@ -73,6 +73,22 @@ def test_the_same_seed_gives_the_same_model_and_another_does_not(folder: Folder,
     assert not same(weights(one), weights(other))
 
 
+def test_a_scratch_encoder_follows_from_the_seed(folder: Folder) -> None:
+    config = SegmentConfig(**{**QUICK, "steps": 1}, head="linear", seed=5)
+    one, two = (fit("scratch:vit-tiny-64", f"folder:{folder()}", config) for _ in range(2))
+    assert one.source_hash == two.source_hash
+    assert same(weights(one), weights(two))
+
+
+def test_half_precision_learns_like_single(folder: Folder, encoder: Any) -> None:
+    data = open_data(f"folder:{folder()}", "segment")
+    options: dict[str, Any] = {**QUICK, "steps": 30, "split": "train", "frozen": True}
+    full = score(fit(encoder, data, SegmentConfig(**options)), data)
+    half = score(fit(encoder, data, SegmentConfig(**options, precision="bf16")), data)
+    assert half.metrics["accuracy"] == pytest.approx(full.metrics["accuracy"], abs=0.05)
+    assert half.metrics != full.metrics
+
+
 def test_a_frozen_encoder_stays_as_it_is_to_the_bit(folder: Folder, encoder: Any) -> None:
     before = weights(encoder)
     frozen = fit(encoder, f"folder:{folder()}", SegmentConfig(**QUICK, frozen=True, head="upernet"))

@@ -47,7 +47,6 @@ class DepthConfig(DenseConfig):
     """
 
     head: Literal["deconv", "linear"] = "deconv"
-    lr: float = Field(5e-4, gt=0)
     layer_decay: float = Field(0.9, gt=0, le=1)
     max_depth: float | None = Field(None, gt=0)
     min_depth: float = Field(1e-3, gt=0)
@@ -109,7 +108,7 @@ def fit(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | No
 
     The model's `config` has every open choice filled in.
     """
-    start, opened = encoder_of(encoder), open_data(data, "depth")
+    start, opened = encoder_of(encoder, config), open_data(data, "depth")
     config = config.model_copy(update={"max_depth": config.max_depth or opened.max_depth or config.top})
     prepared = Prepared(config, opened, max(start.channels))
     check_readings(prepared, opened.spec)

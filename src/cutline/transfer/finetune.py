@@ -23,12 +23,12 @@ from cutline.train.optim import param_groups, schedule, set_lr
 from cutline.transfer.batches import Batch, Batches, Cut
 from cutline.transfer.data import DenseData, labelled
 from cutline.transfer.model import Dense
-from cutline.transfer.options import DenseConfig, autocast, default_channels, device_of
+from cutline.transfer.options import DenseConfig, autocast, default_channels, device_of, seeded
 
 NONFINITE = 5  # losses in a row that are not finite before a run stops
 CACHE_BYTES = 2 << 30  # frozen features kept at most
 LOG_EVERY = 10
-EPOCHS, LEAST, MOST = 40, 400, 160_000  # of `steps` when not given
+EPOCHS, LEAST, MOST = 20, 400, 160_000  # of `steps` when not given
 CROP = 512  # largest side of a crop when not given
 
 C = TypeVar("C", bound=DenseConfig)
@@ -68,9 +68,13 @@ class Prepared(Generic[C]):
         return side, side
 
 
-def encoder_of(source: Any) -> Encoder:
-    """An `Encoder` as it is; a model, a run directory or any name that `towers.load` takes, wrapped as one."""
-    return source if isinstance(source, Encoder) else load_encoder(source)
+def encoder_of(source: Any, config: DenseConfig) -> Encoder:
+    """An `Encoder` as it is; a model, a run directory or any name that `towers.load` takes, wrapped as one.
+
+    The random weights of "scratch:NAME" follow from the config's seed.
+    """
+    with seeded(config):
+        return source if isinstance(source, Encoder) else load_encoder(source)
 
 
 def finetune(model: Dense, prepared: Prepared[Any], loss: Loss, empty: int, out: Path | None) -> None:

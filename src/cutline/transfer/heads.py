@@ -1,7 +1,8 @@
 """Heads: from pyramid levels to logits or depth, at the resolution the head works at.
 
 UPerNet is segmentation-models-pytorch's decoder, Semantic FPN its blocks on torchvision's FPN; they want exact
-halving between levels, which the pyramids give. The deconvolution head is MIM-Depth-Estimation's, the linear heads are DINOv2's.
+halving between levels, which the pyramids give. The deconvolution head is MIM-Depth-Estimation's, the linear heads are
+DINOv2's.
 """
 
 from collections.abc import Sequence

@@ -59,7 +59,8 @@ class Dense(nn.Module):
     def features(self, images: Tensor) -> list[Tensor]:
         """The maps that the pyramid reads, of normalised pictures padded (right, bottom) to its multiple."""
         h, w = self._padded(images.shape[2], images.shape[3])
-        padded = F.pad(images, (0, w - images.shape[3], 0, h - images.shape[2]))
+        right, bottom = w - images.shape[3], h - images.shape[2]
+        padded = F.pad(images, (0, right, 0, bottom)) if right or bottom else images
         with torch.no_grad() if self.frozen else nullcontext():
             maps = self.encoder(padded)
         return [maps[i].contiguous(memory_format=torch.channels_last) for i in self.pyramid.uses]
@@ -67,8 +68,9 @@ class Dense(nn.Module):
     def decode(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Output (B, C, *size) from `features` of pictures of that size."""
         out = self.head(self.pyramid(maps)).float().contiguous(memory_format=torch.channels_last)
-        out = F.interpolate(out, self._padded(*size), mode="bilinear", align_corners=False)
-        return out[:, :, : size[0], : size[1]]
+        padded = self._padded(*size)
+        out = F.interpolate(out, padded, mode="bilinear", align_corners=False)
+        return out if padded == size else out[:, :, : size[0], : size[1]]  # a cut costs a copy in the backward pass
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pictures (B, 3, H, W) to (B, C, H, W) float32: logits, or depth in metres."""

@@ -18,7 +18,7 @@ class DenseConfig(Config):
     """Options of every dense task. `None` means: chosen from the data and the encoder, and written in the protocol.
 
     frozen: train the head alone. labels: how many training pictures to use, or which share (nested subsets by `seed`).
-    steps: default 40 passes over them, at least 400 and at most 160,000 (mmsegmentation's ADE20K). lr: peak, of the
+    steps: default 20 passes over them, at least 400 and at most 160,000 (mmsegmentation's ADE20K). lr: peak, of the
     head; layer k of the encoder gets lr · layer_decay^(layers + 1 - k). warmup: steps. crop: default the whole picture
     when all have one size of at most 512 px, else a square of the smallest short side, at most 512. short: first
     resize the short side to this many pixels, in training and in test. test: "whole" pictures, or "slide" with windows
@@ -35,7 +35,7 @@ class DenseConfig(Config):
     labels: int | float | None = None
     steps: int | None = Field(None, ge=1)
     batch: int = Field(16, ge=2)
-    lr: float = Field(1e-4, gt=0)
+    lr: float = Field(5e-4, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     layer_decay: float = Field(0.65, gt=0, le=1)
     drop_path: float = Field(0.1, ge=0, lt=1)
@@ -84,8 +84,8 @@ class DenseConfig(Config):
 
 
 def default_channels(width: int) -> int:
-    """Width of a head for an encoder of this width: 512 for ViT-B's 768, in proportion below, in multiples of 64."""
-    return max(64, min(512, width * 2 // 3 // 64 * 64))
+    """Width of a head for an encoder of this width: a third of it in multiples of 64, so 256 for ViT-B's 768."""
+    return max(64, min(512, width // 3 // 64 * 64))
 
 
 def device_of(name: str) -> torch.device:

@@ -84,7 +84,7 @@ def fit(encoder: Any, data: str | DenseData, config: SegmentConfig, out: Path | 
 
     The model's `config` has every open choice filled in.
     """
-    start, opened = encoder_of(encoder), open_data(data, "segment")
+    start, opened = encoder_of(encoder, config), open_data(data, "segment")
     prepared = Prepared(config, opened, max(start.channels))
     with seeded(config):
         model = Segmenter(start, prepared.config, opened.classes)
