@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import run_cutline
+from processes import run_cutline
 
 from cutline.record import Result
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import on_two_processes
+from processes import on_two_processes
 from torch import Tensor
 
 from cutline.objectives.base import Batch, Features, Texts

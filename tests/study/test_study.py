@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import run_cutline
+from processes import run_cutline
 
 from cutline.errors import ConfigError, DataError
 from cutline.record import Protocol, Result

@@ -13,7 +13,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from conftest import on_two_processes, run_cutline
+from processes import on_two_processes, run_cutline
 
 from cutline import towers
 from cutline.config import dump
