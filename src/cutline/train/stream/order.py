@@ -141,7 +141,7 @@ class Order:
 
     def __init__(
         self, n: int, batch: int, seed: int = 0, world: int = 1, rank: int = 0, block: int | None = None,
-        window: int = 64,
+        window: int = 16,
     ) -> None:  # fmt: skip
         if batch > n:
             raise ConfigError(
