@@ -298,3 +298,17 @@ def test_a_tower_without_a_place_for_drop_path_takes_none(model_of):
     encoder.set_drop_path(0.0)
     with pytest.raises(ConfigError, match="no residual blocks for drop path; set it to 0"):
         encoder.set_drop_path(0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["vit", "convnext", "mci0-joint"])
+def test_a_gpu_gives_the_values_of_the_cpu_and_convolutional_towers_are_channels_last_there(kind, model_of):
+    encoder = towers.load_encoder(model_of(kind))
+    x = pictures(2, 3, 70, 101)
+    with torch.no_grad():
+        expected = encoder(x)
+        towers.fast(encoder.cuda())
+        weight = next(p for n, p in encoder.named_parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[-1] > 1)
+        assert weight.is_contiguous(memory_format=torch.channels_last) == is_hierarchical(kind)
+        for ours, theirs in zip(encoder(x.cuda()), expected, strict=True):
+            torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-2, atol=1e-2)

@@ -170,6 +170,7 @@ class Payload:
         return (print, ("unpickled",))
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_nothing_is_unpickled(tmp_path, capsys):
     with open(tmp_path / "weights.pt", "wb") as f:
         pickle.dump(Payload(), f)

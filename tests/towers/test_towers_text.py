@@ -175,3 +175,37 @@ def test_text_towers_keep_open_clips_names_and_values():
     tokens = towers.Tokenizer(model)(["a cat", "a dog"])
     assert isinstance(model.text, TextTower)
     assert torch.equal(theirs.eval().encode_text(tokens), model.encode_text(tokens))
+
+
+@pytest.fixture
+def hub_tokenizer(tmp_path):
+    """A word-level tokeniser in Hugging Face's format: no network, padding 1, the end token 2."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    transformers = pytest.importorskip("transformers")
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "[END]": 2, "a": 3, "cat": 4, "dog": 5}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = processors.TemplateProcessing(single="$A [END]", special_tokens=[("[END]", 2)])
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", eos_token="[END]"
+    )
+    fast.save_pretrained(tmp_path / "hub")
+    return str(tmp_path / "hub")
+
+
+def test_a_hugging_face_tokeniser_travels_with_the_model(hub_tokenizer, tmp_path):
+    text = {"custom": True, "no_causal_mask": True, "context_length": 6, "vocab_size": 8}
+    model = build(**text, hf_tokenizer_name=hub_tokenizer).eval()
+    tokenizer = towers.Tokenizer(model)
+    texts = ["a cat", "dog dog dog dog dog", "dog dog dog dog dog dog", "bird"]
+    tokens = tokenizer(texts)
+    assert tokens.tolist()[0] == [3, 4, 2, 1, 1, 1]
+    assert tokenizer.truncated(texts) == 1
+    assert tokenizer.trimmed(tokens) is tokens
+    folder = towers.save(model, tmp_path / "model")
+    ours = towers.load(str(folder))
+    assert torch.equal(towers.Tokenizer(ours)(texts), tokens)
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{folder}")(texts), tokens)
+    assert ours.model_cfg["text_cfg"]["hf_tokenizer_name"] == hub_tokenizer  # no path of this machine creeps in
+    again = towers.save(ours, tmp_path / "again")
+    assert torch.equal(towers.Tokenizer(towers.load(str(again)))(texts), tokens)

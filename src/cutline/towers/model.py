@@ -24,10 +24,11 @@ class Model(nn.Module):
     """What every model here has: `visual`, `logit_scale`, `encode_image`, `encode_text`, and where it came from.
 
     name: as given to `load` or `build`; model_cfg: open_clip's model config, from which `save` writes and a tokeniser
-    is made.
+    is made; tokenizer_folder: where the files of its Hugging Face tokeniser are, if it came with them.
     """
 
     name: str = ""
+    tokenizer_folder: str = ""
     model_cfg: dict[str, Any]
     visual: nn.Module
     logit_scale: nn.Parameter

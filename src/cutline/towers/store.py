@@ -48,6 +48,8 @@ def build(config: TowerConfig, device: str | torch.device = "cpu") -> Model:
         cfg, preprocess, weights = _architecture(config)
     model = _create(cfg, preprocess, weights, config)
     model.name = config.model or "custom"
+    if folder is not None and (folder / "tokenizer_config.json").exists():
+        model.tokenizer_folder = str(folder)
     return fast(model.to(device))  # type: ignore[return-value]
 
 
@@ -93,12 +95,12 @@ def save(model: Model, folder: str | Path) -> Path:
         os.replace(temporary, folder / WEIGHTS_NAME)
     finally:
         temporary.unlink(missing_ok=True)
-    if model.model_cfg["text_cfg"].get("hf_tokenizer_name"):
+    content = {"model_cfg": model.model_cfg, "preprocess_cfg": preprocess_of(model)}
+    write_atomic(folder / CONFIG_NAME, json.dumps(content, indent=2).encode())
+    if model.tokenizer_folder or model.model_cfg["text_cfg"].get("hf_tokenizer_name"):
         from cutline.towers.tokenizer import Tokenizer
 
         Tokenizer(model).save(str(folder))  # open_clip looks for its files in the folder
-    content = {"model_cfg": model.model_cfg, "preprocess_cfg": preprocess_of(model)}
-    write_atomic(folder / CONFIG_NAME, json.dumps(content, indent=2).encode())
     return folder
 
 
@@ -135,8 +137,6 @@ def _read_folder(folder: Path) -> Source:
     weights = _find_checkpoint_in_dir(folder)
     if weights is None:
         raise DataError(f"{str(folder)!r} holds a config but no weights (looked for {WEIGHTS_NAME}).")
-    if cfg["text_cfg"].get("hf_tokenizer_name") and (folder / "tokenizer_config.json").exists():
-        cfg["text_cfg"]["hf_tokenizer_name"] = str(folder)
     return cfg, preprocess, weights
 
 
@@ -219,6 +219,8 @@ def _create(cfg: dict[str, Any], preprocess: dict[str, Any], weights: str | None
     _set_image_size(vision, config.image_size)
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
+    if "hf_model_name" in text:
+        text["hf_model_pretrained"] = weights is None
     arguments = {k: v for k, v in cfg.items() if k != "custom_text"}
     custom = cfg.get("custom_text", False) or "hf_model_name" in text
     kind = CoCaModel if "multimodal_cfg" in cfg else CustomTextModel if custom else ClipModel
@@ -289,7 +291,8 @@ def _load_timm(name: str, pretrained: bool) -> Model:
     try:
         trunk = timm.create_model(name, pretrained=pretrained, num_classes=0)
     except Exception as e:  # no weights under that name, no network, …
-        raise DataError(f"cannot load the timm model {name!r}: {e}. '{SCRATCH}{name}' has random weights.") from e
+        why = str(e).rstrip(".")
+        raise DataError(f"cannot load the timm model {name!r}: {why}. '{SCRATCH}{name}' has random weights.") from e
     model = ImageModel(trunk)
     data = timm.data.resolve_model_data_config(trunk)
     size = data["input_size"][-2:]

@@ -2,11 +2,11 @@
 
 from typing import Any, cast
 
-import open_clip
 import torch
-from open_clip.tokenizer import HFTokenizer, SimpleTokenizer
+from open_clip.tokenizer import HFTokenizer
 from torch import Tensor
 
+from cutline.errors import CutlineError
 from cutline.towers.model import Model
 from cutline.towers.words import WordTokenizer
 
@@ -22,14 +22,17 @@ class Tokenizer:
         text_cfg: dict[str, Any] = model.model_cfg.get("text_cfg", {})
         self.context = int(text_cfg.get("context_length", 77))
         self.trimmable = model.trimmable
+        self.padding = 0
         options = text_cfg.get("tokenizer_kwargs") or {}
-        source = text_cfg.get("hf_tokenizer_name")
+        source = model.tokenizer_folder or text_cfg.get("hf_tokenizer_name")
         self.tokenizer: Any
         if source:
             mode = text_cfg.get("tokenizer_mode")
-            self.tokenizer = HFTokenizer(source, context_length=self.context, tokenizer_mode=mode, **options)
-        elif "siglip" in model.name.lower():
-            self.tokenizer = open_clip.get_tokenizer(model.name.split(":")[0], context_length=self.context)
+            try:
+                self.tokenizer = HFTokenizer(source, context_length=self.context, tokenizer_mode=mode, **options)
+            except ImportError as e:
+                raise CutlineError(f"the tokeniser {source!r} needs transformers: pip install transformers.") from e
+            self.padding = self.tokenizer.tokenizer.pad_token_id or 0
         else:
             self.tokenizer = WordTokenizer(context_length=self.context, **options)
 
@@ -45,14 +48,18 @@ class Tokenizer:
     def truncated(self, texts: list[str], tokens: Tensor | None = None) -> int:
         """How many of `texts` do not fit into the context. Give their `tokens` if they are there: it is then cheap."""
         tokens = self(texts) if tokens is None else tokens
-        full = [texts[i] for i in tokens[:, -1].nonzero().flatten().tolist()]
-        if not isinstance(self.tokenizer, SimpleTokenizer):
-            return len(full)  # a caption that just fits counts too: HF tokenisers pad and cut in one call
-        return sum(len(self.tokenizer.encode(t)) + 2 > self.context for t in full)
+        full = [texts[i] for i in tokens[:, -1].ne(self.padding).nonzero().flatten().tolist()]
+        return sum(self._length(t) > self.context for t in full)
+
+    def _length(self, text: str) -> int:
+        """Tokens of `text`, start and end included, before it is cut."""
+        if isinstance(self.tokenizer, HFTokenizer):
+            return len(self.tokenizer.tokenizer(self.tokenizer.clean_fn(text)).input_ids)
+        return len(self.tokenizer.encode(text)) + 2
 
     def save(self, folder: str) -> None:
-        """Write the files of a Hugging Face tokeniser into `folder`; open_clip's own needs none."""
-        if hasattr(self.tokenizer, "save_pretrained"):
+        """Write the files of a Hugging Face tokeniser into `folder`; CLIP's own needs none."""
+        if isinstance(self.tokenizer, HFTokenizer):
             self.tokenizer.save_pretrained(folder)
 
 
