@@ -32,18 +32,18 @@ def class_grid(path: Path, samples: Sequence[Sample], masks: Sequence[NDArray[An
     from matplotlib.patches import Patch
 
     colours = np.vstack([palette(len(classes)), UNLABELLED])  # IGNORE = -1 is the last
-    figure, axes, _ = _figure(samples, legend=0.75)
     seen = np.zeros(len(classes), np.int64)
-    for column, sample, mask in zip(axes.T, samples, masks):
-        for values in (sample.target, mask):
-            seen += np.bincount(values[values != IGNORE].ravel(), minlength=len(classes))[: len(classes)]
-        for axis, shown in zip(column, (sample.image, colours[sample.target], colours[mask])):
-            axis.imshow(shown, interpolation="nearest" if shown is not sample.image else None)
+    for values in [*(s.target for s in samples), *masks]:
+        seen += np.bincount(values[values != IGNORE].ravel(), minlength=len(classes))
     common = [i for i in np.argsort(-seen, kind="stable") if seen[i]][:20]
     handles = [Patch(color=colours[i], label=classes[i]) for i in common]
     if any((s.target == IGNORE).any() for s in samples):
         handles.append(Patch(color=UNLABELLED, label="not labelled"))
     columns = max(1, min(len(samples) * 2, len(handles)))
+    figure, axes, _ = _figure(samples, legend=0.15 + 0.18 * -(-len(handles) // columns))
+    for column, sample, mask in zip(axes.T, samples, masks):
+        for axis, shown in zip(column, (sample.image, colours[sample.target], colours[mask])):
+            axis.imshow(shown, interpolation="nearest" if shown is not sample.image else None)
     figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=8, handlelength=1.2)
     _write(figure, path)
 
@@ -66,9 +66,8 @@ def depth_grid(path: Path, samples: Sequence[Sample], depths: Sequence[NDArray[A
             axis.imshow(shown)
     ticks = LogLocator(subs=(1, 2, 5)).tick_values(low, high)
     bar = figure.add_axes((0.3, space * 0.65, 0.4, space * 0.15))
-    figure.colorbar(
-        ScalarMappable(scale, colours), cax=bar, orientation="horizontal", ticks=ticks, format="%g", label="metres"
-    )
+    shown = ScalarMappable(scale, colours)
+    figure.colorbar(shown, cax=bar, orientation="horizontal", ticks=ticks, format="%g", label="metres").minorticks_off()
     _write(figure, path)
 
 
