@@ -53,7 +53,13 @@ class Crash(BaseException):
 
 
 def crash_at(monkeypatch, calls: int, after: bool) -> None:
-    """Let the process "die" before or after its n-th write of any kind."""
+    """Let `create` "die" before or after its n-th write of any kind."""
+    names = ("update_field_metadata", "update_schema_metadata")
+    writes = [(lance, "write_dataset"), (ingest.Journal, "write"), (ingest.Journal, "clear")]
+    wrap_writes(monkeypatch, calls, after, *writes, *((lance.LanceDataset, name) for name in names))
+
+
+def wrap_writes(monkeypatch, calls: int, after: bool, *writes: tuple) -> None:
     left = [calls]
 
     def wrap(owner, name):
@@ -70,10 +76,8 @@ def crash_at(monkeypatch, calls: int, after: bool) -> None:
 
         monkeypatch.setattr(owner, name, write)
 
-    wrap(lance, "write_dataset")
-    wrap(ingest.Journal, "write")
-    wrap(lance.LanceDataset, "update_field_metadata")
-    wrap(lance.LanceDataset, "update_schema_metadata")
+    for owner, name in writes:
+        wrap(owner, name)
 
 
 def test_create_goes_on_after_a_crash_at_any_write(tmp_path, bad_shards, small_commits, monkeypatch):
@@ -90,11 +94,10 @@ def test_create_goes_on_after_a_crash_at_any_write(tmp_path, bad_shards, small_c
                     break
                 except Crash:
                     crashes += 1
-            if (out / "_versions").exists() and Pairs.open(out, unfinished=True).finished is False:
+            if (out / "_versions").exists() and not Pairs.open(out, unfinished=True).finished:
                 with pytest.raises(DataError, match=r"cut off after \d+ pairs.*again"):
                     Pairs.open(out)
-                create(out, bad_shards, **OPTIONS)
-            elif not (out / "_versions").exists():
+            if not (out / "_versions").exists() or (out / "_cutline" / "create.json").exists():
                 create(out, bad_shards, **OPTIONS)
             assert contents(out) == expected
     assert crashes > 20
@@ -180,7 +183,34 @@ def test_add_column_survives_sigkill(tmp_path, table):
     made = [line.split()[1] for line in calls.read_text().splitlines()]
     assert sorted(set(made)) == [f"{n:06d}" for n in range(0, 120, 4)]
     assert len(made) <= 30 + hits  # at most the batch in flight is made again
-    assert not list((Path(table.path) / "_cutline").glob("add-upper/*"))
+
+
+def test_add_column_goes_on_after_a_crash_at_any_write(tmp_path, shards, monkeypatch):
+    from cutline import record
+    from cutline.pairs import columns
+
+    def made(rows):
+        return [r["alt"].upper() for r in rows]
+
+    crashes = 0
+    for after in (False, True):
+        for calls in range(1, 20):
+            create(tmp_path / f"{calls}{after}.lance", [shards], show=False)
+            table = Pairs.open(tmp_path / f"{calls}{after}.lance")
+            with monkeypatch.context() as m:
+                wrap_writes(m, calls, after, (record, "write_atomic"), (lance.LanceDataset, "add_columns"),
+                            (columns, "drop_job"), (columns.ColumnJob, "done"))  # fmt: skip
+                try:
+                    table.add_column("upper", made, columns=["alt"], batch=50, show=False)
+                    break
+                except Crash:
+                    crashes += 1
+            if (Path(table.path) / "_cutline" / "add-upper").exists() or "upper" not in Pairs.open(table.path).columns:
+                Pairs.open(table.path).add_column("upper", made, columns=["alt"], batch=50, show=False)
+            pairs = Pairs.open(table.path)
+            assert [r["upper"] for r in pairs.read(range(120), ["upper"])] == [f"ALT {n}" for n in range(120)]
+            assert not (Path(table.path) / "_cutline" / "add-upper").exists()
+    assert crashes >= 8
 
 
 def test_only_one_process_creates_a_table(tmp_path, bad_shards):

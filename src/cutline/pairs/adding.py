@@ -7,7 +7,17 @@ from typing import Any
 import pyarrow as pa
 
 from cutline.errors import DataError
-from cutline.pairs.columns import PIECE, ColumnJob, Function, commit_column, drop_job, exists, parse_type, to_arrow
+from cutline.pairs.columns import (
+    PIECE,
+    ColumnJob,
+    Function,
+    commit_column,
+    drop_job,
+    exists,
+    job_folder,
+    parse_type,
+    to_arrow,
+)
 from cutline.pairs.journal import locked
 from cutline.pairs.provenance import Provenance
 from cutline.pairs.table import Pairs
@@ -21,9 +31,14 @@ def add_column(
     """See `Pairs.add_column`."""
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_]*", name):
         raise DataError(f"{name!r} cannot be the name of a column: use letters, digits and _, beginning with a letter.")
-    if name in Pairs.open(pairs.path).columns:
-        raise exists(pairs.path, name)
     provenance = provenance or Provenance(how="add_column", inputs=list(columns) if callable(values) else [])
+    newest = Pairs.open(pairs.path, pairs.filter)
+    if name in newest.columns:
+        found = newest.provenance(name)
+        if callable(values) and job_folder(pairs.path, name).exists() and found and found.same_work(provenance):
+            drop_job(pairs.path, name)  # an earlier start was killed after its commit: the column is whole
+            return newest
+        raise exists(pairs.path, name)
     if callable(values):
         _made(ColumnJob(pairs, name, type, provenance, columns), values, batch, restart, show)
     else:

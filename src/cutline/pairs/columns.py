@@ -85,6 +85,8 @@ class ColumnJob:
                 )
             if earlier["kind"]:
                 self.kind = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(earlier["kind"]))).field(0).type
+        else:
+            drop_job(self.pairs.path, self.name)  # what a kill in the midst of dropping another job has left
         self.folder.mkdir(parents=True, exist_ok=True)
         self._note()
 

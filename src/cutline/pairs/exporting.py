@@ -42,7 +42,9 @@ def export(
     webdataset: `00000.tar`, … with KEY.jpg (or .png, …), the alt text as KEY.txt and the other columns as KEY.json; a
     `.` in a key becomes `_`, because webdataset ends the key there. parquet: `00000.parquet`, … with the picture's
     bytes in `image`. columns: those to write beside the key and picture (all). Both can be read back by `create`
-    (`--alt txt --captions json:captions`). A second start takes whole shards as they are. Raises `DataError` if `out` holds something else.
+    (`--alt txt --captions json:captions`). A second start takes whole shards as they are.
+
+    Raises `DataError` for a folder that holds something else, an unknown format or column.
     """
     writers = {"webdataset": ("tar", _tar), "parquet": ("parquet", _parquet)}
     if format not in writers:

@@ -8,6 +8,7 @@ from cutline.config import Config
 from cutline.errors import DataError
 
 EXAMPLES = 5
+DUPLICATE = "tell the keys of shards apart with --prefix-keys if each shard counts from zero"
 
 
 class Count(Config):
@@ -58,8 +59,13 @@ class IngestReport(Config):
             return
         raise DataError(
             f"{self.bad:,} of {seen:,} samples ({self.bad / seen:.0%}) had to be skipped, more than the {max_bad:.0%} "
-            f"allowed: {self.reasons()}. Put the source right, or allow more with --max-bad {_step(self.bad / seen)}."
+            f"allowed: {self.reasons()}. Put the source right{self._hints()}, or allow more with "
+            f"--max-bad {_step(self.bad / seen)}."
         )
+
+    def _hints(self) -> str:
+        hints = {"no text": "keep pictures without text with --keep-textless", "duplicate key": DUPLICATE}
+        return "".join(f", {hint}" for reason, hint in hints.items() if reason in self.skipped)
 
     def reasons(self) -> str:
         """The reasons of the skips, most frequent first, in one line."""

@@ -52,7 +52,9 @@ class Window:
 
     def get(self, position: int, n: int) -> bytes:
         """Bytes [position, position + n), fewer at the end of the file."""
-        at = max(self.reach(position, n), 0)
+        at = position - self.start
+        if at < 0 or at + n > len(self.data):
+            at = max(self.reach(position, n), 0)
         return self.data[at : at + n]
 
 
