@@ -79,14 +79,16 @@ def same(a: Batch, b: Batch) -> bool:
     )
 
 
+@pytest.mark.parametrize("block", [None, 32])
 @pytest.mark.parametrize("threads", [1, 2, 4, 7])
-def test_batches_do_not_depend_on_the_number_of_threads(threads: int) -> None:
+def test_batches_do_not_depend_on_the_number_of_threads(threads: int, block: int | None) -> None:
     options: dict[str, Any] = {
         "source": Pictures(n=400, broken=[3, 50, 301]),
         "batch": 100,
         "views": {"local": View(size=8, count=3, scale=(0.1, 0.4))},
         "columns": ["embedding"],
         "max_bad": 0.1,
+        "block": block,
     }
     plain, threaded = stream(**options), stream(**options, threads=threads)
     for a, b in zip(plain.batches(6), threaded.batches(6), strict=True):
@@ -206,6 +208,14 @@ def test_only_broken_pictures_is_an_error_not_a_hang(threads: int) -> None:
         next(iter(stream(Pictures(broken=range(100)), threads=threads)))
 
 
+def test_replacements_that_are_broken_too_are_replaced_in_turn() -> None:
+    s = stream(Pictures(n=200, broken=range(0, 200, 2)), max_bad=1.0, batch=10)
+    for batch in s.batches(20):
+        assert all(int(k[1:]) % 2 for k in batch.keys)
+        assert len(set(batch.keys)) >= 9  # two broken ones may still choose the same
+    assert s.counts["broken"] > 150  # a half of 200, and half of the replacements, and …
+
+
 def test_max_bad_zero_allows_none() -> None:
     with pytest.raises(DataError):
         list(stream(Pictures(n=1000, broken=[7]), max_bad=0.0, batch=100).batches(10))
@@ -276,3 +286,15 @@ def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it() -> None:
             copies.append(held[-1].clone())
     assert len(places) < 14
     assert all(torch.equal(a, b) for a, b in zip(held, copies, strict=True))
+
+
+@pytest.mark.gpu
+def test_pinned_batches_equal_the_others_and_copy_beside_the_work() -> None:
+    for a, b in zip(
+        stream(threads=2, columns=["score"]).batches(8), stream(pin=True, columns=["score"]).batches(8), strict=True
+    ):
+        assert b.views["image"].is_pinned()
+        assert b.texts["text"].tokens.is_pinned()
+        there = b.to(torch.device("cuda"))
+        del b
+        assert torch.equal(there.views["image"].cpu(), a.views["image"])

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from cutline.errors import ConfigError
 from cutline.train.stream.order import draws
 from cutline.train.stream.text import TextConfig
 
@@ -72,3 +73,9 @@ def test_weights_must_be_above_zero_and_a_column_be_there() -> None:
     for columns in ({"alt": 0.0}, {"alt": -1.0}, {}):
         with pytest.raises(ValidationError):
             TextConfig(columns=columns)
+
+
+@pytest.mark.parametrize("value", [3, [1.0, 2.0], {"a": 1}, np.zeros(2)])
+def test_a_column_that_is_no_text_is_named(value: object) -> None:
+    with pytest.raises(ConfigError, match="'alt' holds no text"):
+        TextConfig().choose({"alt": value}, draws(0, 0, 0, "text"))

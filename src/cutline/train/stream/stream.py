@@ -1,6 +1,6 @@
 """Batches for training, as a pure function of (seed, epoch, position).
 
-Threads (not processes: decoding and resizing release the interpreter lock) take chunks of a batch: read, decode,
+Threads (not processes: decoding and resizing release the interpreter lock) read rows and take chunks of a batch: decode,
 augment into the batch's array, tokenise. A few batches are made ahead and handed out in order. What a batch holds
 depends on the order, the seed and the data alone, not on the number of threads or what was trained before, so a state
 is a few integers.
@@ -13,28 +13,32 @@ import os
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from math import sqrt
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import simplejpeg
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cutline.errors import ConfigError, DataError
 from cutline.objectives.base import Batch, Texts, View
-from cutline.train.stream.order import Order, draws, key
+from cutline.pairs.decode import BadPicture, decode
+from cutline.pairs.headers import jpeg_orientation
+from cutline.train.stream.order import Order, draws
 from cutline.train.stream.source import Source, check_columns
 from cutline.train.stream.text import TextConfig, Tokenizer
-from cutline.train.stream.transforms import Augment, Normalize, Picture, decode_size
+from cutline.train.stream.transforms import Augment, Normalize, decode_size
 
 Channels = tuple[float, float, float]
 Floats = NDArray[np.float32]
 Row = dict[str, Any]
+T = TypeVar("T")
 ATTEMPTS = 32  # replacements tried for one broken picture
 JUDGED = 100  # pictures seen before the share of broken ones is judged
 EXAMPLES = 5  # keys kept for each reason
@@ -144,18 +148,19 @@ class Stream:
         """Samples of one task: a batch is shared among threads, but reading few rows at once is slow."""
         return min(256, max(32, -(-self.order.share // max(self.threads, 1))))
 
-    def _make(self, step: int, start: int, rows: list[int], out: Mapping[str, Floats]) -> _Part:
-        """Fill places start… of the views from `rows` and return the rest of them."""
+    def _make(self, step: int, start: int, rows: list[int], read: list[Row], out: Mapping[str, Floats]) -> _Part:
+        """Fill places start… of the views from `rows` as they were read, and return the rest of them."""
         part = _Part()
         epoch = self.order.epoch(step)
-        for at, (row, values) in enumerate(zip(rows, self._read(rows), strict=True), start):
+        for at, (row, values) in enumerate(zip(rows, read, strict=True), start):
+            broken = row
             for attempt in range(ATTEMPTS + 1):
-                reason = self._picture(row, epoch, values, at, out)
+                reason = self._picture(row, epoch, values["image"], at, out)
                 if reason is None:
                     break
                 part.broken.append((reason, str(values["key"]) + (f": {values['error']}" if "error" in values else "")))
                 if attempt < ATTEMPTS:
-                    row = self._replacement(step, epoch, row)
+                    row = self._replacement(step, epoch, broken, attempt)
                     values = self._read([row])[0]
             else:
                 raise self._too_many(part.broken)
@@ -170,30 +175,29 @@ class Stream:
     def _read(self, rows: list[int]) -> list[Row]:
         return self.source.read(rows, self.read_columns)
 
-    def _picture(self, row: int, epoch: int, values: Row, at: int, out: Mapping[str, Floats]) -> str | None:
+    def _picture(self, row: int, epoch: int, image: Any, at: int, out: Mapping[str, Floats]) -> str | None:
         """Write all views of a row; returns the reason if its picture is broken."""
-        image = values["image"]
         if image is None:
             return "unreadable"
-        shape = image.shape[:2] if isinstance(image, np.ndarray) else _jpeg_shape(image)
-        picture: Picture | None = image if isinstance(image, np.ndarray) else None
-        if shape is None:
-            try:
-                picture = _decode(image, None)
-            except DataError as e:
-                return str(getattr(e, "reason", e))
-            shape = picture.shape[:2]
-        how = []
-        for name, (augment, size, count) in self.views.items():
-            draw = draws(self.order.seed, epoch, row, name)
-            how += [(name, augment, size, count, c, augment.draw(shape[0], shape[1], draw)) for c in range(count)]
-        if picture is None:
-            try:
-                picture = _decode(image, decode_size((h, size) for _, _, size, _, _, h in how))
-            except DataError as e:
-                return str(getattr(e, "reason", e))
-        for name, augment, size, count, c, h in how:
-            self.normalize(augment.apply(picture, h, size), out[name][at * count + c])
+        try:
+            picture = image if isinstance(image, np.ndarray) else None
+            shape = image.shape[:2] if picture is not None else _jpeg_shape(image)
+            if shape is None:  # not a JPEG, so there is no decoding at a fraction
+                picture = decode(image)
+                shape = picture.shape[:2]
+            height, width = shape
+            plan = [
+                (name, at * count + copy, augment, augment.draw(height, width, draw), size)
+                for name, (augment, size, count) in self.views.items()
+                for draw in [draws(self.order.seed, epoch, row, name)]
+                for copy in range(count)
+            ]
+            if picture is None:
+                picture = decode(image, decode_size((how, size) for *_, how, size in plan))
+        except BadPicture as e:
+            return e.reason
+        for name, place, augment, how, size in plan:
+            self.normalize(augment.apply(picture, how, size), out[name][place])
         return None
 
     def _words(self, row: int, epoch: int, values: Row, part: _Part) -> None:
@@ -204,14 +208,12 @@ class Stream:
             for source, texts in self.text.choose(values, draws(self.order.seed, epoch, row, "text")).items():
                 part.texts.setdefault(source, []).append(texts)
 
-    def _replacement(self, step: int, epoch: int, row: int) -> int:
-        """The row that stands in for a broken one: pseudo-random, and not one that the step has already."""
+    def _replacement(self, step: int, epoch: int, row: int, attempt: int) -> int:
+        """The row tried for a broken one: pseudo-random, and not one that the step has already, if there are others."""
+        draw = draws(self.order.seed, epoch, row, f"replacement {attempt}")
         taken = set(self.order.all_rows(step).tolist())
-        for attempt in range(ATTEMPTS):
-            other = key(self.order.seed, epoch, row, attempt, "replacement") % self.order.n
-            if other not in taken:
-                return other
-        return other  # the step holds (nearly) all of the data
+        tried = [int(draw() * self.order.n) for _ in range(ATTEMPTS)]
+        return next((r for r in tried if r not in taken), tried[0])
 
     def _collate(self, coming: "_Coming", parts: list[_Part]) -> Batch:
         texts: dict[str, Texts] = {}
@@ -279,21 +281,34 @@ class _Buffers:
 
 
 class _Coming:
-    """A batch in the making."""
+    """A batch in the making: tasks that read rows, and then hand out tasks that make samples of them."""
 
     def __init__(self, stream: Stream, step: int, pool: ThreadPoolExecutor | None) -> None:
-        rows, size = stream.order.rows(step).tolist(), stream._chunk
+        self.stream, self.step, self.pool = stream, step, pool
+        rows = stream.order.rows(step).tolist()
         self.views = {
             name: stream._buffers.get((len(rows) * count, 3, pixels, pixels))
             for name, (_, pixels, count) in stream.views.items()
         }
-        out = {name: view.numpy() for name, view in self.views.items()}
-        tasks = [partial(stream._make, step, i, rows[i : i + size], out) for i in range(0, len(rows), size)]
-        self._results = [pool.submit(task).result if pool else task for task in tasks]
+        # Near rows read together become few requests, which is what the block shuffle is for.
+        size = stream._chunk if stream.order.block is None else len(rows)
+        self._reads = [self._start(partial(self._read, i, rows[i : i + size])) for i in range(0, len(rows), size)]
 
     def parts(self) -> list[_Part]:
         """What the tasks give; waits for them."""
-        return [result() for result in self._results]
+        return [made() for read in self._reads for made in read()]
+
+    def _read(self, start: int, rows: list[int]) -> list[Callable[[], _Part]]:
+        read, size = self.stream._read(rows), self.stream._chunk
+        out = {name: view.numpy() for name, view in self.views.items()}
+        make = partial(self.stream._make, self.step)
+        return [
+            self._start(partial(make, start + i, rows[i : i + size], read[i : i + size], out))
+            for i in range(0, len(rows), size)
+        ]
+
+    def _start(self, task: Callable[[], T]) -> Callable[[], T]:
+        return self.pool.submit(task).result if self.pool else task
 
 
 def _cores() -> int:
@@ -317,19 +332,8 @@ def collate(values: list[Any]) -> Any:
 
 def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
     """(height, width) of an upright JPEG without decoding it, None for anything else."""
-    import simplejpeg
-
-    from cutline.pairs.headers import jpeg_orientation
-
     try:
         height, width, *_ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
     return (width, height) if jpeg_orientation(data) >= 5 else (height, width)
-
-
-def _decode(data: bytes, smallest: int | None) -> Picture:
-    from cutline.pairs.decode import decode
-
-    picture: Picture = decode(data, min_size=smallest)
-    return picture

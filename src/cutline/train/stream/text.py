@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor
 
 from cutline.config import Config
+from cutline.errors import ConfigError
 
 Draw = Callable[[], float]  # the next number of a sample's generator, uniform in [0, 1)
 
@@ -51,7 +52,7 @@ class TextConfig(Config):
 
     def choose(self, row: Mapping[str, Any], draw: Draw) -> dict[str, list[str]]:
         """The texts of one row by source. Each list has one entry, or up to `max_texts` under `all`."""
-        texts = {column: _texts(row[column]) for column in self.columns}
+        texts = {column: _texts(column, row[column]) for column in self.columns}
         if self.rule == "all":
             every = [t for column in texts.values() for t in column] or [""]
             while len(every) > self.max_texts:
@@ -63,10 +64,13 @@ class TextConfig(Config):
         return {c: [_one(texts, {c: 1.0} if c in filled else filled, draw)] for c in self.columns}
 
 
-def _texts(value: Any) -> list[str]:
+def _texts(column: str, value: Any) -> list[str]:
     if value is None:
         return []
-    return [t for t in ([value] if isinstance(value, str) else value) if t and not t.isspace()]
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(t is None or isinstance(t, str) for t in texts):
+        raise ConfigError(f"the column {column!r} holds no text but {value!r}: take it out of data.text.columns.")
+    return [t for t in texts if t and not t.isspace()]
 
 
 def _one(texts: Mapping[str, list[str]], weights: Mapping[str, float], draw: Draw) -> str:
