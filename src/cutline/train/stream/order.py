@@ -173,12 +173,15 @@ class Order:
 
     def rows(self, step: int) -> Rows:
         """This rank's rows of `step` (counted from the start of training), shape (share,)."""
-        return self.all_rows(step)[self.rank * self.share : (self.rank + 1) * self.share]
+        return self._rows(step, self.rank * self.share, self.share)
 
     def all_rows(self, step: int) -> Rows:
         """All ranks' rows of `step`, rank by rank, shape (batch,)."""
+        return self._rows(step, 0, self.batch)
+
+    def _rows(self, step: int, start: int, count: int) -> Rows:
         epoch, within = divmod(step, self.steps_per_epoch)
-        return self.at(epoch, within * self.batch + np.arange(self.batch))
+        return self.at(epoch, within * self.batch + start + np.arange(count))
 
     def epoch(self, step: int) -> int:
         return step // self.steps_per_epoch
