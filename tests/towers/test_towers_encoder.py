@@ -237,6 +237,22 @@ def test_a_tower_of_one_size_says_so(model_of):
         assert encoder(pictures(1, 3, 224, 224))[0].shape[-2:] == (14, 14)
         with pytest.raises(CutlineError, match="takes pictures of 224×224 only"):
             encoder(pictures(1, 3, 192, 224))
+        encoder = towers.load_encoder("scratch:levit_128s")
+        assert encoder(pictures(1, 3, 224, 224))[-1].shape[-2:] == (7, 7)
+        with pytest.raises(CutlineError, match=r"\(Levit.*\) cannot take 192×256 px: .* It is made for 224 px"):
+            encoder.pooled(pictures(1, 3, 192, 224))
+
+
+def test_a_tower_whose_patch_does_not_divide_its_size_pools_as_trained_and_maps_every_pixel():
+    trunk = timm.create_model("vit_tiny_patch16_224", img_size=72, depth=2, num_classes=0).eval()  # 4 × 4, 8 px unseen
+    model = towers.load("scratch:vit_tiny_patch16_224")
+    model.visual.trunk, model.visual.preprocess_cfg["size"] = copy.deepcopy(trunk), 72
+    encoder = towers.load_encoder(model)
+    x = pictures(1, 3, 72, 72)
+    with torch.no_grad():
+        assert torch.equal(encoder.pooled(x), trunk(x))
+        assert torch.equal(model.encode_image(x), trunk(x))
+        assert encoder(x)[0].shape[-2:] == (5, 5)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(3, 8, 8), torch.zeros(1, 1, 8, 8), torch.zeros(1, 3, 8, 8).byte()])

@@ -87,7 +87,7 @@ class Encoder(nn.Module):
 
     def pooled(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, D): the joint embedding, not normalised (timm's pooled feature where there is no text)."""
-        return self._pooled(self._pad(images))
+        return self._pooled(self._pad(images, dense=False))
 
     def set_drop_path(self, rate: float) -> None:
         """Stochastic depth, from 0 at the first block to `rate` at the last; replaces what was set before."""
@@ -102,12 +102,14 @@ class Encoder(nn.Module):
             h.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
         return h.hexdigest()[:16]
 
-    def _pad(self, images: Tensor) -> Tensor:
+    def _pad(self, images: Tensor, dense: bool = True) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise CutlineError(
                 f"an encoder takes normalised float pictures (B, 3, H, W), not {images.dtype} {tuple(images.shape)}."
             )
         height, width = images.shape[-2:]
+        if height == width == self.size and not (dense and self.patch):
+            return images  # as in training; a ViT whose patch does not divide its size drops pixels, which no map may
         right, bottom = -width % self.multiple, -height % self.multiple
         return F.pad(images, (0, right, 0, bottom)) if right or bottom else images
 

@@ -4,6 +4,8 @@ Maps are the stages' outputs at strides 4, 8, 16, 32. Swin's attention masks are
 attention pooling gets its positions interpolated.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 from timm.layers import resample_abs_pos_embed
@@ -34,19 +36,35 @@ class Hierarchical(Encoder):
         self._layers, self.num_layers = trunk_layers(trunk, [n for n, _ in trunk.named_parameters()])
         self._channels_last = getattr(trunk, "output_fmt", None) == "NHWC"
 
+    @contextmanager
+    def _explained(self, x: Tensor) -> Iterator[None]:
+        """Say it in our words when a tower with tables for one size (LeViT, MaxViT, …) is given another."""
+        try:
+            yield
+        except (RuntimeError, AssertionError, IndexError) as e:
+            if x.shape[-2] == x.shape[-1] == self.size:
+                raise
+            size, kind = f"{x.shape[-2]}×{x.shape[-1]}", type(self.visual.trunk).__name__
+            raise CutlineError(
+                f"{self.name} ({kind}) cannot take {size} px: {e}. It is made for {self.size} px."
+            ) from e
+
     def _maps(self, x: Tensor) -> list[Tensor]:
-        return list(
-            self.visual.trunk.forward_intermediates(
+        with self._explained(x):
+            maps: list[Tensor] = self.visual.trunk.forward_intermediates(
                 x, indices=self.indices, stop_early=True, output_fmt="NCHW", intermediates_only=True
             )
-        )
+        return maps
 
     def _last(self, x: Tensor) -> Tensor:
-        x = self.visual.trunk.forward_features(x)
+        with self._explained(x):
+            x = self.visual.trunk.forward_features(x)
         return x.movedim(-1, 1) if self._channels_last else x
 
     def _pooled(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.visual(x))
+        with self._explained(x):
+            pooled: Tensor = self.visual(x)
+        return pooled
 
     def project(self, last: Tensor) -> Tensor:
         # Each cell as a picture of one cell: average pooling then does nothing; norms and projections are the tower's.

@@ -79,7 +79,7 @@ def load(name: str, device: str | torch.device = "cpu") -> Model:
     else:
         raise _unknown(name)
     model.name = name
-    return model.to(device).eval()
+    return fast(model.to(device)).eval()  # type: ignore[return-value]
 
 
 def save(model: Model, folder: str | Path) -> Path:

@@ -176,6 +176,8 @@ def _allow_any_size(trunk: Any) -> bool:
         trunk.patch_embed.strict_img_size = False
         trunk.patch_embed.flatten = False
         trunk.patch_embed.output_fmt = Format.NHWC
+        if any(s % p for s, p in zip(trunk.patch_embed.img_size, trunk.patch_embed.feat_ratio(as_scalar=False))):
+            trunk.patch_embed.img_size = None  # else it would refuse its own size, 384 in patches of 14 say
     return True
 
 
