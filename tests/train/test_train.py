@@ -259,3 +259,14 @@ def test_unknown_text_column_is_named(tmp_path):
 def test_batch_larger_than_the_data_says_so(tmp_path):
     with pytest.raises(ConfigError, match="train.batch"):
         loop.train(recipe(batch=128), tmp_path / "run")
+
+
+def test_training_on_scenes_needs_no_lance(tmp_path):
+    (tmp_path / "r.yaml").write_text(dump(recipe(samples=8)))
+    code = (
+        "import sys\nfrom pathlib import Path\nsys.modules['lance'] = None\n"  # any import of it would fail
+        "from cutline.config import load\nfrom cutline.train.recipe import Recipe\nfrom cutline.train.loop import train\n"
+        "train(load(Recipe, sys.argv[1]), Path(sys.argv[2]))\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "r.yaml"), str(tmp_path / "run")], check=True)
+    assert (tmp_path / "run" / "model").is_dir()
