@@ -31,7 +31,28 @@ import numpy as np
 import simplejpeg
 
 SHARD = 10_000
-WORDS = "a the two dog red small boy on grass near water with jumping street blue man woman holding white sign".split()
+WORDS = [
+    "a",
+    "the",
+    "two",
+    "dog",
+    "red",
+    "small",
+    "boy",
+    "on",
+    "grass",
+    "near",
+    "water",
+    "with",
+    "jumping",
+    "street",
+    "blue",
+    "man",
+    "woman",
+    "holding",
+    "white",
+    "sign",
+]
 
 
 def write_tars(folder: Path, n: int) -> list[str]:

@@ -155,3 +155,11 @@ def test_damaged_but_whole_jpegs_decode_as_pillow_does():
     with pytest.raises(ValueError, match="xtraneous"):
         simplejpeg.decode_jpeg(junk)
     assert decode(junk).shape == (64, 64, 3)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM"])
+def test_kinds_are_told_by_the_first_bytes(form):
+    from cutline.pairs.headers import kind_of
+
+    assert kind_of(picture(0, form)[:32]) == form.lower()
+    assert kind_of(b"text") is None

@@ -19,7 +19,7 @@ _FRAMES = frozenset([*range(0xC0, 0xD0)]) - {0xC4, 0xC8, 0xCC}
 
 
 def kind_of(head: bytes) -> str | None:
-    """By the magic bytes of a picture: "jpeg", "png", "webp", "gif", "bmp" or "tiff"; None for anything else."""
+    """By the magic bytes of a picture: jpeg, png, webp, gif, bmp, avif, ppm or tiff; None for anything else."""
     if head[:3] == b"\xff\xd8\xff":
         return "jpeg"
     if head[:8] == b"\x89PNG\r\n\x1a\n":
@@ -30,6 +30,10 @@ def kind_of(head: bytes) -> str | None:
         return "gif"
     if head[:2] == b"BM":
         return "bmp"
+    if head[4:12] in (b"ftypavif", b"ftypavis"):
+        return "avif"
+    if head[:2] in (b"P5", b"P6"):
+        return "ppm"
     return "tiff" if head[:4] in (b"II*\0", b"MM\0*") else None
 
 

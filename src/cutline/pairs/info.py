@@ -32,6 +32,9 @@ class Info:
             f"version {self.version} of {self.versions}, fingerprint {self.fingerprint}",
             f"pictures: {self.pictures}",
         ]
+        key = self.columns["key"][1]
+        if key and key.inputs:
+            lines.insert(1, f"made from {', '.join(key.inputs)}")
         if self.filter:
             lines.insert(1, f"where {self.filter}")
         if self.report and (self.report.skipped or self.report.repaired):
@@ -51,7 +54,8 @@ def _type(kind: pa.DataType) -> str:
 def _made_by(provenance: "Provenance | None") -> str:
     if provenance is None:
         return "another program"
-    parts = [provenance.how, provenance.model, ", ".join(provenance.inputs)]
+    inputs = "" if provenance.how == "create" else ", ".join(provenance.inputs)  # the sources have a line of their own
+    parts = [provenance.how, provenance.model, inputs]
     return " · ".join(p for p in parts if p)
 
 

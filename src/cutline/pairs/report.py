@@ -74,13 +74,8 @@ class IngestReport(Config):
 
     def __rich__(self) -> Any:
         rate = f", {self.kept / self.seconds:,.0f}/s" if self.seconds else ""
-        table = _table(f"{self.out}: {self.kept:,} pairs{rate}")
-        for what, counts in (("skipped", self.skipped), ("repaired", self.repaired)):
-            for reason, c in sorted(counts.items(), key=lambda item: -item[1].n):
-                table.add_row(what, reason, f"{c.n:,}", ", ".join(c.examples))
-        if not (self.skipped or self.repaired):
-            table.add_row("", "nothing was skipped or repaired", "", "")
-        return table
+        title = f"[bold]{self.out}[/bold]: {self.kept:,} pairs{rate}"
+        return _print(title, {"skipped": self.skipped, "repaired": self.repaired}, "nothing was skipped or repaired")
 
 
 class CheckReport(Config):
@@ -98,22 +93,22 @@ class CheckReport(Config):
         return sum(c.n for c in self.bad.values())
 
     def __rich__(self) -> Any:
-        table = _table(f"{self.path}: {self.pictures:,} pictures decoded, {self.broken:,} cannot be used")
-        for what, counts in (("cannot be used", self.bad), ("note", self.notes), ("caption", self.captions)):
-            for reason, c in sorted(counts.items(), key=lambda item: -item[1].n):
-                table.add_row(what, reason, f"{c.n:,}", ", ".join(c.examples))
-        if not (self.bad or self.notes or self.captions):
-            table.add_row("", "nothing found", "", "")
-        return table
+        title = f"[bold]{self.path}[/bold]: {self.pictures:,} pictures decoded, {self.broken:,} cannot be used"
+        return _print(
+            title, {"cannot be used": self.bad, "note": self.notes, "text": self.captions}, "nothing else found"
+        )
 
 
-def _table(title: str) -> Any:
+def _print(title: str, groups: dict[str, dict[str, Count]], nothing: str) -> Any:
+    from rich.console import Group
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for name in ("", "reason", "count", "examples"):
-        table.add_column(name, justify="right" if name == "count" else "left", overflow="fold")
-    return table
+    table = Table("", "reason", "count", "examples")
+    table.columns[2].justify = "right"
+    for what, counts in groups.items():
+        for reason, c in sorted(counts.items(), key=lambda item: -item[1].n):
+            table.add_row(what, reason, f"{c.n:,}", ", ".join(c.examples))
+    return Group(title, table if table.row_count else nothing)
 
 
 def _step(share: float) -> str:
