@@ -2,8 +2,9 @@
 
 Theirs is the step of `open_clip_train`: the model on pictures and captions padded to the context, `ClipLoss`, backward,
 `AdamW` with its defaults, clamp of the logit scale. Ours is what `cutline train` does: captions trimmed to the longest
-in multiples of 8 where the text tower allows it, the last block of each tower finished for the pooled token alone where
-nothing else is asked for, the contrastive objective, the fused AdamW, channels-last convolutions.
+in multiples of 8 where the text tower allows it, the last block of open_clip's own transformers finished for the pooled
+token alone, the contrastive objective, and the fused AdamW. The step of `cutline train` also clips gradients, which
+`open_clip_train` does only when asked; neither does here.
 
     python benchmarks/train_step.py --model ViT-B-32 --batch 32 --steps 5
 
