@@ -71,10 +71,14 @@ def test_pictures_inside_and_outside_the_table_can_be_mixed(tmp_path, monkeypatc
         schema=schema,
     )
     lance.write_dataset(more, str(tmp_path / "t.lance"), mode="append", allow_external_blob_outside_bases=True)
-    pairs = Pairs.open(tmp_path / "t.lance")
     order = [8, 3, 6, 0, 7, 4, 5, 1, 2]
     expected = [picture(0), big, picture(0), big, picture(0), picture(1), picture(2), picture(9), None]
-    assert [r["image"] for r in pairs.read(order, ["image"])] == [expected[i] for i in order]
+    for rows_a_file, loaded in ((16, False), (0, True)):  # places asked of Lance, and loaded for the whole table
+        monkeypatch.setattr("cutline.pairs.pictures.ROWS_A_FILE", rows_a_file)
+        pairs = Pairs.open(tmp_path / "t.lance")
+        for _ in range(3):
+            assert [r["image"] for r in pairs.read(order, ["image"])] == [expected[i] for i in order]
+        assert (pairs._readers["image"].places is not None) == loaded
 
 
 def test_where(table):

@@ -170,7 +170,8 @@ class Pairs:
         index = self._index(rows)
         if not len(index):
             return []
-        table = self.dataset.take(index, columns=list(columns)).combine_chunks()
+        plain = [c for c in columns if c not in self._readers]
+        table = self.dataset.take(index, columns=plain) if plain else {}
         out: list[dict[str, Any]] = [{} for _ in rows]
         for name in columns:
             reader = self._readers.get(name)
@@ -178,7 +179,7 @@ class Pairs:
                 for item, value in zip(out, values(table[name])):
                     item[name] = value
                 continue
-            for item, (data, error) in zip(out, reader.read(index, _one_chunk(table[name]))):
+            for item, (data, error) in zip(out, reader.read(index)):
                 item[name] = data
                 if error is not None:
                     item["error"] = error
