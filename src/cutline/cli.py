@@ -166,12 +166,28 @@ def pairs_create(
     captions: Annotated[str | None, typer.Option(help="Field that holds captions, for example json:captions.")] = None,
     field: Annotated[list[str] | None, typer.Option(help="More columns, NAME=FIELD.")] = None,
     inline: Annotated[bool, typer.Option("--inline", help="Copy the pictures into the table.")] = False,
+    image: Annotated[
+        str | None, typer.Option(help="Column of a csv, tsv, jsonl or parquet with paths or bytes.")
+    ] = None,
+    keep_textless: Annotated[bool, typer.Option("--keep-textless", help="Keep pictures without any text.")] = False,
+    prefix_keys: Annotated[bool, typer.Option("--prefix-keys", help="Put the shard's name before each key.")] = False,
     max_bad: Annotated[float, typer.Option(help="Stop when more than this share of samples is skipped.")] = 0.1,
 ) -> None:
     """Index pictures where they lie, with their texts, as a table."""
     from cutline.pairs import create
 
-    report = create(out, sources, alt=alt, captions=captions, fields=_named(field), inline=inline, max_bad=max_bad)
+    report = create(
+        out,
+        sources,
+        alt=alt,
+        captions=captions,
+        image=image,
+        fields=_named(field),
+        inline=inline,
+        need_text=not keep_textless,
+        prefix_keys=prefix_keys,
+        max_bad=max_bad,
+    )
     _print(report)
     _done(out, f"cutline pairs check {out}")
 
@@ -181,7 +197,7 @@ def pairs_info(pairs: Annotated[Path, typer.Argument(help="A table of pairs.")])
     """Rows, columns, where each column comes from, versions."""
     from cutline.pairs import Pairs
 
-    _print(Pairs.open(pairs).info())
+    _print(Pairs.open(pairs, unfinished=True).info())
 
 
 @pairs_app.command("check")
@@ -202,7 +218,7 @@ def pairs_export(
     """Write a table back as webdataset tars or parquet files."""
     from cutline.pairs import Pairs, export
 
-    export(Pairs.open(pairs, where=where), out, format=format)
+    _print(export(Pairs.open(pairs, where=where), out, format=format))
     _done(out)
 
 

@@ -298,3 +298,17 @@ def test_pinned_batches_equal_the_others_and_copy_beside_the_work() -> None:
         there = b.to(torch.device("cuda"))
         del b
         assert torch.equal(there.views["image"].cpu(), a.views["image"])
+
+
+@pytest.mark.parametrize(
+    ("rule", "expected"),
+    [
+        ("sample", {"text": (True, 1.0)}),
+        ("sum", {"alt": (True, 2.0), "captions": (True, 0.5)}),
+        ("all", {"text": (False, 1.0)}),
+    ],
+)
+def test_texts_say_whether_they_pair_up_and_what_they_weigh(rule: Any, expected: dict[str, tuple[bool, float]]) -> None:
+    text = TextConfig(columns={"alt": 2.0, "captions": 0.5}, rule=rule)
+    batch = next(iter(stream(text=text, tokenizer=Letters())))
+    assert {k: (t.paired, t.weight) for k, t in batch.texts.items()} == expected

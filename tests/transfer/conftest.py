@@ -16,7 +16,7 @@ CLASSES = ("ground", "red", "blue")
 COLOURS = np.array([(60, 160, 60), (220, 40, 40), (40, 40, 220)])
 
 
-def make_encoder(patch: int = 8, size: int = 32, layers: int = 2) -> Any:
+def _make(patch: int = 8, size: int = 32, layers: int = 2) -> Any:
     torch.manual_seed(0)
     vision = {"image_size": size, "patch_size": patch, "width": 64, "layers": layers, "head_width": 32}
     text = {"context_length": 8, "vocab_size": 64, "width": 32, "layers": 1, "heads": 1}
@@ -26,7 +26,13 @@ def make_encoder(patch: int = 8, size: int = 32, layers: int = 2) -> Any:
 @pytest.fixture(scope="session")
 def encoder() -> Any:
     """A random ViT of patch 8, width 64, two blocks. Shared: fine-tuning must not change it."""
-    return make_encoder()
+    return _make()
+
+
+@pytest.fixture
+def make_encoder() -> Callable[..., Any]:
+    """Makes random ViTs of other patch sizes and native sizes."""
+    return _make
 
 
 def scene(i: int, size: tuple[int, int] = (32, 32)) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

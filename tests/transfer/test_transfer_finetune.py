@@ -211,10 +211,8 @@ def test_depth_writes_a_model_that_predicts_alike(folder: Folder, encoder: Any, 
 
 
 def test_results_of_different_encoders_share_a_column_and_those_of_different_heads_do_not(
-    folder: Folder, encoder: Any
+    folder: Folder, encoder: Any, make_encoder: Any
 ) -> None:
-    from conftest import make_encoder  # type: ignore[import-not-found]
-
     data = open_data(f"folder:{folder()}", "segment")
     one = segment(encoder, data, SegmentConfig(**QUICK, head="linear"))
     two = segment(make_encoder(patch=16), data, SegmentConfig(**QUICK, head="linear", seed=1))
@@ -224,9 +222,7 @@ def test_results_of_different_encoders_share_a_column_and_those_of_different_hea
         check_comparable([one, three])
 
 
-def test_an_encoder_whose_patch_does_not_divide_the_picture(folder: Folder) -> None:
-    from conftest import make_encoder
-
+def test_an_encoder_whose_patch_does_not_divide_the_picture(folder: Folder, make_encoder: Any) -> None:
     data = open_data(f"folder:{folder(size=(33, 45))}", "segment")
     model = fit(make_encoder(patch=14, size=28), data, SegmentConfig(**{**QUICK, "steps": 2}))
     assert score(model, data).metrics["accuracy"] >= 0

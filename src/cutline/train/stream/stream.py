@@ -217,12 +217,13 @@ class Stream:
 
     def _collate(self, coming: "_Coming", parts: list[_Part]) -> Batch:
         texts: dict[str, Texts] = {}
-        for source in self.text.sources if self.text else []:
-            assert self.tokenizer is not None
+        for source, weight in self.text.weights.items() if self.text else []:
+            assert self.tokenizer is not None and self.text is not None
             lists = [t for p in parts for t in p.texts[source]]
             tokens = self.tokenizer.trimmed(torch.cat([p.tokens[source] for p in parts]))
             owners = torch.repeat_interleave(torch.tensor([len(t) for t in lists]))
-            texts[source] = Texts(self._pinned(tokens), self._pinned(owners))
+            paired = self.text.rule != "all"
+            texts[source] = Texts(self._pinned(tokens), self._pinned(owners), paired, weight)
         self._count(parts)
         columns = {c: collate([v for p in parts for v in p.columns[c]]) for c in self.columns}
         return Batch(coming.views, texts, columns, [k for p in parts for k in p.keys])
