@@ -218,7 +218,8 @@ class Stream:
     def _collate(self, coming: "_Coming", parts: list[_Part]) -> Batch:
         texts: dict[str, Texts] = {}
         for source, weight in self.text.weights.items() if self.text else []:
-            assert self.tokenizer is not None and self.text is not None
+            assert self.tokenizer is not None
+            assert self.text is not None
             lists = [t for p in parts for t in p.texts[source]]
             tokens = self.tokenizer.trimmed(torch.cat([p.tokens[source] for p in parts]))
             owners = torch.repeat_interleave(torch.tensor([len(t) for t in lists]))
