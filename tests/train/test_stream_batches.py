@@ -277,9 +277,10 @@ def test_a_cached_source_reads_each_row_once_and_gives_the_same() -> None:
     assert source.reads == 96
 
 
-def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it() -> None:
+@pytest.mark.parametrize("threads", [0, 2])
+def test_memory_of_a_batch_is_used_again_only_when_nobody_holds_it(threads: int) -> None:
     held, copies, places = [], [], set()
-    for step, batch in enumerate(stream(Pictures(n=320), threads=2).batches(20)):
+    for step, batch in enumerate(stream(Pictures(n=320), threads=threads).batches(20)):
         places.add(batch.views["image"].data_ptr())
         if step in (2, 5):
             held.append(batch.views["image"][3:5])  # shares the memory, while the batch itself is let go

@@ -297,8 +297,9 @@ class _Coming:
         self._reads = [self._start(partial(self._read, i, rows[i : i + size])) for i in range(0, len(rows), size)]
 
     def parts(self) -> list[_Part]:
-        """What the tasks give; waits for them."""
-        return [made() for read in self._reads for made in read()]
+        """What the tasks give; waits for them. Call it once: it lets go of the tasks, which hold the batch's memory."""
+        reads, self._reads = self._reads, []
+        return [made() for read in reads for made in read()]
 
     def _read(self, start: int, rows: list[int]) -> list[Callable[[], _Part]]:
         read, size = self.stream._read(rows), self.stream._chunk
