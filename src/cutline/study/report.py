@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -180,25 +181,28 @@ def _curves(plan: Plan, out: Path) -> str | None:
 
 
 def _pictures(plan: Plan, count: int = 8) -> list[dict[str, Any]]:
-    """Training pictures with their texts, where the data are scenes or a table with captions."""
+    """Training pictures with their texts. Scenes are drawn larger than the encoders saw them."""
     from PIL import Image
 
+    from cutline.pairs.decode import BadPicture, decode
     from cutline.train.stream import open_source
 
     data = plan.recipe(next(iter(plan.arms)), plan.seeds[0]).data
-    source = open_source(data.pairs, data.where)
+    source = open_source(re.sub(r"(scenes:.*size=)\d+", r"\g<1>224", data.pairs), data.where)
     texts = [c for c in ("alt", "captions") if c in source.columns]
     cards = []
     for row in source.read(range(min(count, len(source))), ["image", *texts]):
         image = row["image"]
-        if not isinstance(image, np.ndarray):
+        try:
+            pixels = decode(image, min_size=224) if isinstance(image, bytes) else image
+        except BadPicture:
             continue
-        side = 3 * image.shape[1] if image.shape[1] < 128 else image.shape[1]
-        picture = Image.fromarray(image).resize(
-            (side, side * image.shape[0] // image.shape[1]), Image.Resampling.BICUBIC
-        )
-        captions = row.get("captions") or []
-        cards.append({"image": _jpeg(picture), "alt": row.get("alt"), "captions": captions[:3]})
+        if pixels is not None:
+            picture = Image.fromarray(pixels)
+            picture.thumbnail((320, 320))
+            captions = row.get("captions") or []
+            captions = [captions] if isinstance(captions, str) else captions
+            cards.append({"image": _jpeg(picture), "alt": row.get("alt"), "captions": captions[:3]})
     return cards
 
 
@@ -270,25 +274,29 @@ def _class_legend(figure: Any, classes: list[str], samples: list[Any]) -> None:
 def _depth_painter(samples: list[Any]) -> Any:
     from matplotlib import colormaps
 
-    top = _deepest(samples)
+    scale = _depth_scale(samples)
 
     def paint(metres: NDArray[Any]) -> NDArray[Any]:
-        shown: NDArray[Any] = colormaps["turbo_r"](np.clip(metres / top, 0, 1))[..., :3]
+        shown: NDArray[Any] = colormaps["turbo_r"](scale(np.maximum(metres, scale.vmin)))[..., :3]
         shown[metres == 0] = 0.1
         return shown
 
     return paint
 
 
-def _deepest(samples: list[Any]) -> float:
-    return max(float(s.target.max()) for s in samples) or 1.0
+def _depth_scale(samples: list[Any]) -> Any:
+    """Logarithmic, over the readings of the pictures shown: near things differ by centimetres, far ones by metres."""
+    from matplotlib.colors import LogNorm
+
+    readings = np.concatenate([s.target[s.target > 0] for s in samples])
+    low, high = (float(readings.min()), float(readings.max())) if len(readings) else (0.1, 10.0)
+    return LogNorm(low, max(high, low * 1.1), clip=True)
 
 
 def _depth_bar(figure: Any, axes: Any, samples: list[Any]) -> None:
     from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
 
-    scale = ScalarMappable(Normalize(0, _deepest(samples)), "turbo_r")
+    scale = ScalarMappable(_depth_scale(samples), "turbo_r")
     figure.colorbar(scale, ax=axes, orientation="horizontal", label="metres (black: no reading)", shrink=0.4, aspect=40)
 
 
