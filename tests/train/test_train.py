@@ -270,3 +270,9 @@ def test_training_on_scenes_needs_no_lance(tmp_path):
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "r.yaml"), str(tmp_path / "run")], check=True)
     assert (tmp_path / "run" / "model").is_dir()
+
+
+@pytest.mark.slow
+def test_compiled_training_has_the_losses_of_plain_training(tmp_path):
+    compiled = losses(loop.train(recipe(compile=True, samples=32), tmp_path / "compiled"))
+    assert compiled == pytest.approx(losses(loop.train(recipe(samples=32), tmp_path / "plain")), abs=1e-4)
