@@ -149,12 +149,19 @@ def test_full_disk_keeps_the_earlier_checkpoints(tmp_path, monkeypatch):
     def no_room(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint.dcp, "save", no_room)
+    monkeypatch.setattr(os, "fsync", no_room)
     with pytest.raises(TrainingError, match="No space left.*--resume"):
         checkpoint.save(folder, 2, {"x": torch.zeros(2)}, keep=2)
     state = {"x": torch.zeros(2)}
     checkpoint.load(checkpoint.saved(folder)[-1], state)
     assert state["x"].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("other", [{"x": torch.zeros(3)}, {"x": torch.zeros(2), "y": torch.zeros(1)}])
+def test_a_checkpoint_that_does_not_fit_is_an_error_for_users(tmp_path, other):
+    path = checkpoint.save(tmp_path, 1, {"x": torch.ones(2)}, keep=2)
+    with pytest.raises(TrainingError, match="step-00000001 does not fit this run"):
+        checkpoint.load(path, other)
 
 
 def test_ema_is_the_average_by_its_formula_and_is_what_is_saved(tmp_path):

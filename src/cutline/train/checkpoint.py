@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, around what failed on each rank
 
 from cutline.errors import TrainingError
 from cutline.objectives.gather import world
@@ -44,10 +45,10 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
             dcp.save(  # type: ignore[attr-defined]
                 state, checkpoint_id=str(temporary), no_dist=size == 1
             )
-    except OSError as e:
+    except (OSError, CheckpointException) as e:
         shutil.rmtree(temporary, ignore_errors=True)
         raise TrainingError(
-            f"cannot write checkpoint {final}: {e}. Earlier checkpoints are whole; make room and start again with --resume."
+            f"cannot write checkpoint {final}: {_reason(e)}. Earlier checkpoints are whole; make room and start again with --resume."
         ) from e
     if rank == 0:
         shutil.rmtree(final, ignore_errors=True)
@@ -68,10 +69,15 @@ def load(path: Path, state: dict[str, Any]) -> None:
             dcp.load(  # type: ignore[attr-defined]
                 state, checkpoint_id=str(path), no_dist=world()[1] == 1
             )
-    except Exception as e:
+    except (Exception, CheckpointException) as e:
         raise TrainingError(
-            f"checkpoint {path} does not fit this run ({e}). Resume with the recipe it was made with, or choose another --out."
+            f"checkpoint {path} does not fit this run ({_reason(e)}). Resume with the recipe it was made with, or choose another --out."
         ) from e
+
+
+def _reason(e: BaseException) -> BaseException:
+    """What failed on the first rank that failed, without its traceback."""
+    return next(iter(e.failures.values()))[0] if isinstance(e, CheckpointException) else e
 
 
 @contextmanager
