@@ -94,6 +94,18 @@ def test_resume_gives_identical_losses_and_weights(whole, tmp_path, monkeypatch)
         assert torch.equal(value, weights(tmp_path / "run")[name]), name
 
 
+def test_resume_with_a_parameter_that_never_has_a_gradient(tmp_path):
+    """The logit bias of a SigLIP tower, under a contrastive loss."""
+    values = recipe(samples=32).model_dump()
+    values["towers"]["custom"]["init_logit_bias"] = -10.0
+    biased = Recipe.model_validate(values)
+    loop.train(biased, tmp_path / "run")
+    run = loop.prepare(biased, tmp_path / "run", resume=True)
+    assert run.step == 4
+    assert run.trainee.model.logit_bias not in run.optimiser.state
+    assert run.optimiser.state[run.trainee.model.logit_scale]["step"] == 4
+
+
 def test_resume_after_sigkill_gives_identical_losses(whole, tmp_path):
     (tmp_path / "r.yaml").write_text(dump(recipe()))
     command = [sys.executable, "-m", "cutline.cli", "train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run")]
@@ -120,6 +132,18 @@ def test_nan_losses_are_skipped_and_counted_and_leave_the_weights(tmp_path, monk
     loop.train_step(run, batch.to(run.device).__class__(**vars(bad)))
     with pytest.raises(TrainingError, match=rf"3 steps in a row.*step 0.*{batch.keys[0]}.*train.lr"):
         loop.train_step(run, bad)
+
+
+def test_a_bad_step_leaves_the_statistics_of_batch_norms(tmp_path):
+    run = loop.prepare(recipe(), tmp_path / "run", resume=False)
+    run.trainee.model.visual.conv1 = torch.nn.Sequential(run.trainee.model.visual.conv1, torch.nn.BatchNorm2d(32))
+    batch = next(run.stream.batches())
+    loop.train_step(run, batch)
+    before = {k: v.clone() for k, v in run.trainee.named_buffers()}
+    assert before["model.visual.conv1.1.num_batches_tracked"] == 1
+    batch.views["image"] = batch.views["image"] * math.nan
+    loop.train_step(run, batch)
+    assert all(torch.equal(v, before[k]) for k, v in run.trainee.named_buffers())
 
 
 def test_a_good_step_ends_the_row_of_bad_ones(tmp_path):

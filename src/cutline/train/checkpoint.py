@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, around what failed on each rank
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from cutline.errors import TrainingError
 from cutline.objectives.gather import world
@@ -63,8 +64,16 @@ def save(folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
 
 
 def load(path: Path, state: dict[str, Any]) -> None:
-    """Fill `state` in place: tensors are overwritten, plain values replaced. Raises `TrainingError` if it does not fit."""
+    """Fill `state` in place: tensors are overwritten, plain values replaced. Raises `TrainingError` if it does not fit.
+
+    A parameter that never had a gradient (the logit bias of a SigLIP tower under a contrastive loss) has no state of the
+    optimiser in the checkpoint; it is dropped from `state`.
+    """
     try:
+        known = FileSystemReader(path).read_metadata().state_dict_metadata
+        moments = state.get("optimiser", {}).get("state", {})
+        for name in [n for n in moments if f"optimiser.state.{n}.step" not in known]:
+            del moments[name]
         with _quiet():
             dcp.load(  # type: ignore[attr-defined]
                 state, checkpoint_id=str(path), no_dist=world()[1] == 1

@@ -12,7 +12,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -76,7 +76,6 @@ class Run:
     bad_in_row: int = 0
     seconds: float = 0.0
     flops: float = 0.0  # of one step on this process
-    window: dict[str, list[float]] = field(default_factory=dict)
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on. Tensors are the live ones: `checkpoint.load` fills them in place."""
@@ -94,12 +93,14 @@ class Run:
         return state
 
     def resume(self, path: Path) -> None:
-        from torch.distributed.checkpoint.state_dict import set_optimizer_state_dict
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
         state = self.state()
         checkpoint.load(path, state)
         self.trainee.load_state_dict(state["trainee"])
-        set_optimizer_state_dict(self.trainee, self.optimiser, state["optimiser"])
+        set_optimizer_state_dict(
+            self.trainee, self.optimiser, state["optimiser"], options=StateDictOptions(strict=False)
+        )
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self.stream.load_state_dict(state["stream"])
@@ -244,6 +245,7 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
     peak = config.lr * schedule(run.step, run.steps, config.warmup, config.schedule, floor=config.floor)
     set_lr(run.optimiser, peak)
     half = config.precision == "bf16" or (config.precision == "auto" and _has_bf16(run.device))
+    statistics = [b.clone() for b in run.trainee.buffers()]  # of batch norms, which the forward pass moves
     with torch.autocast(run.device.type, torch.bfloat16, enabled=half), _counted(run):
         loss, terms = run.wrapped(batch)
         loss.backward()
@@ -262,6 +264,8 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
         if run.average is not None:
             run.average.update_parameters(run.trainee.model)
     else:
+        for buffer, before in zip(run.trainee.buffers(), statistics, strict=True):
+            buffer.copy_(before)
         _count_bad(run, values, batch)
     run.optimiser.zero_grad(set_to_none=True)
     scale = getattr(run.trainee.model, "logit_scale", None)
