@@ -69,9 +69,9 @@ def headline(plan: Plan, found: dict[Cell, Result]) -> str:
         return f"{arm} shows no clear difference to {other} on any of {len(done)} tasks."
     parts = [f"{arm} beats {other} on {len(by['better'])} of {len(done)} tasks"]
     if by["worse"]:
-        parts.append(f"loses on {len(by['worse'])} ({', '.join(by['worse'])})")
+        parts.append(f"loses on {len(by['worse'])} ({'; '.join(by['worse'])})")
     if by["no clear difference"]:
         parts.append(
-            f"shows no clear difference on {len(by['no clear difference'])} ({', '.join(by['no clear difference'])})"
+            f"shows no clear difference on {len(by['no clear difference'])} ({'; '.join(by['no clear difference'])})"
         )
     return "; ".join(parts) + "."
