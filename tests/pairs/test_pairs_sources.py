@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -129,6 +130,40 @@ def coco(folder: Path, given: str = "") -> str:
         (folder / "val2017").mkdir(exist_ok=True)
         (folder / "val2017" / f"{i}.jpg").write_bytes(picture(i))
     return f"coco:{path}{given}"
+
+
+def test_names_and_keys_that_utf8_cannot_hold(tmp_path, folder):
+    (folder / os.fsdecode(b"caf\xe9.jpg")).write_bytes(picture(0))
+    report = create(tmp_path / "f.lance", [folder], need_text=False, max_bad=0.5, show=False)
+    assert report.skipped["picture file cannot be read (its name is not UTF-8)"].n == 1
+    table = folder / "t.jsonl"
+    lines = [
+        '{"image": "a/é.jpg", "id": "\\ud800x"}',
+        '{"image": "a\\u0000.jpg", "id": "y"}',
+        '{"image": ".", "id": "z"}',
+    ]
+    table.write_text("\n".join(lines))
+    report = create(tmp_path / "t.lance", [table], need_text=False, max_bad=0.9, show=False)
+    assert [row["key"] for row in rows(tmp_path / "t.lance", ["key"])] == ["?x"]
+    assert report.skipped["picture file cannot be read (No such file or directory)"].n == 2
+
+
+def test_csv_with_too_many_cells_or_an_open_quote(tmp_path, folder):
+    table = folder / "t.csv"
+    table.write_text("image,text\na/é.jpg,a dog, running\n")
+    report = create(tmp_path / "t.lance", [table], show=False)
+    assert report.repaired["row has more cells than columns: the last ones left out"].examples == ["line 2 (t.csv)"]
+    table.write_text('image,text\na/é.jpg,"' + "x" * 200_000)
+    with pytest.raises(DataError, match="Is a quote not closed there"):
+        create(tmp_path / "u.lance", [table], show=False)
+
+
+@pytest.mark.parametrize("content", [{"images": [{"id": 1}], "annotations": []},
+                                     {"images": [{"file_name": "x"}], "annotations": [{"caption": "y"}]}])  # fmt: skip
+def test_json_that_is_not_coco(tmp_path, content):
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    with pytest.raises(DataError, match="is not COCO JSON"):
+        create(tmp_path / "t.lance", [f"coco:{tmp_path / 'a.json'}"], show=False)
 
 
 def test_coco_captions(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import struct
 import tarfile
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pairs_made import picture, write_tar
 
+from cutline.pairs.headers import picture_size
 from cutline.pairs.tars import BrokenTar, Window, members
 
 NAME = st.text(st.characters(exclude_characters="\0/\n", exclude_categories=["Cs"]), min_size=1, max_size=20)
@@ -87,6 +89,26 @@ def test_damaged_header_is_told_with_its_position(tmp_path):
         index(path)
 
 
+@pytest.mark.parametrize("record", [b"12 size=abc\n", b"13 size=-999\n"])
+def test_damaged_pax_size_is_told(tmp_path, record):
+    header = tarfile.TarInfo("p")
+    header.type, header.size = tarfile.XHDTYPE, len(record)
+    path = write_tar(tmp_path / "a.tar", [("a.txt", b"x")])
+    path.write_bytes(header.tobuf(tarfile.USTAR_FORMAT) + record + bytes(512 - len(record)) + path.read_bytes())
+    with pytest.raises(BrokenTar, match="damaged pax header"):
+        index(path)
+
+
+def test_long_name_longer_than_the_tar_is_told_and_not_allocated(tmp_path):
+    header = bytearray(tarfile.TarInfo("p").tobuf(tarfile.GNU_FORMAT))
+    header[156:157], header[124:136], header[148:156] = b"L", b"\xbf" + b"\xff" * 11, b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path = tmp_path / "a.tar"
+    path.write_bytes(header + bytes(2048))
+    with pytest.raises(BrokenTar, match="cut off in a header at byte 0"):
+        index(path)
+
+
 def test_groups_as_webdataset_does(tmp_path):
     import webdataset
 
@@ -112,6 +134,13 @@ def test_groups_as_webdataset_does(tmp_path):
     assert [(r["key"], r["image"], r["alt"]) for r in rows] == [
         (s["__key__"], s["jpg"], s["txt"].decode()) for s in theirs
     ]
+
+
+def test_nonsense_sizes_of_pictures_are_unknown():
+    png = b"\x89PNG\r\n\x1a\n" + bytes(8) + struct.pack(">II", 2**32 - 1, 9)
+    bmp = b"BM" + bytes(16) + struct.pack("<ii", -5, -(2**31))
+    assert picture_size(png, lambda at, n: b"") is None
+    assert picture_size(bmp, lambda at, n: b"") is None
 
 
 def test_large_pictures_are_jumped_over(tmp_path, monkeypatch):

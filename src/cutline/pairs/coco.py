@@ -28,13 +28,16 @@ class CocoFeed:
             raise DataError(f"no such file: {name!r} (from 'coco:{spec}').")
         try:
             content = json.loads(self.path.read_bytes())
-            self.images, annotations = content["images"], content["annotations"]
-        except (ValueError, KeyError, TypeError) as e:
-            raise DataError(f'{name!r} is not COCO JSON with "images" and "annotations": {e!r}.') from e
+            self.images: list[dict[str, Any]] = [{**i, "file_name": str(i["file_name"])} for i in content["images"]]
+            pairs = [(a["image_id"], a["caption"]) for a in content["annotations"] if a.get("caption") is not None]
+        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            raise DataError(
+                f'{name!r} is not COCO JSON: "images" with a "file_name" each and "annotations" with an "image_id" '
+                f"each are wanted, and it gave {e!r}."
+            ) from e
         self.texts: dict[Any, list[str]] = {}
-        for a in annotations:
-            if a.get("caption") is not None:
-                self.texts.setdefault(a["image_id"], []).append(a["caption"])
+        for image, caption in pairs:
+            self.texts.setdefault(image, []).append(caption)
         self.folder = self._folder(folder)
         self.parts = [name]
         self.identity: list[Any] = [str(self.path.resolve()), self.path.stat().st_size, str(self.folder)]
@@ -68,5 +71,5 @@ class CocoFeed:
             except OSError as e:
                 yield Missing(key, f"picture file cannot be read ({e.strerror})")
                 continue
-            entry = {**image, "captions": self.texts.get(image["id"])}
+            entry = {**image, "captions": self.texts.get(image.get("id"))}
             yield Sample(key, picture, [dig(entry, [name, *at]) if name else None for name, at in fields])

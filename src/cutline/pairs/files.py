@@ -8,6 +8,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator
+from errno import EILSEQ
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,18 +16,21 @@ from typing import Any
 from cutline.errors import DataError
 from cutline.pairs.content import TAIL
 from cutline.pairs.headers import HEAD, PICTURES, picture_size
-from cutline.pairs.report import IngestReport
+from cutline.pairs.report import IngestReport, utf8
 from cutline.pairs.samples import Missing, Picture, Sample, Wanted, dig, split_field
 from cutline.pairs.values import NOT_UTF8, parse_json
 
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 PATHS = ("image", "path", "file", "file_name", "filename", "filepath", "file_path", "image_path", "image_file", "img")
 TEXTS = ("alt", "alt_text", "txt", "text", "caption", "title", "description")
+REST = "\0"  # the name of cells beyond the columns, which no column can have
 ROWS = 1024  # parquet rows in memory at a time
 
 
 def picture_file(path: Path, inline: bool) -> Picture:
-    """The picture in a file. Raises OSError."""
+    """The picture in a file. Raises OSError, also for a name that is not UTF-8, which no table can point at."""
+    if not inline and utf8(str(path)) != str(path):
+        raise OSError(EILSEQ, "its name is not UTF-8")
     with open(path, "rb") as f:
         size = os.fstat(f.fileno()).st_size
 
@@ -72,7 +76,7 @@ class FolderFeed:
                 continue
             found: dict[str, Any] = {}
             for name, _ in fields:
-                beside = path.with_suffix(f".{name}")
+                beside = path.parent / f"{path.stem}.{name}"
                 if name and name not in found and beside.is_file():
                     found[name] = beside.read_bytes()
             whole = {name: parse_json(found[name], key, report) for name, at in fields if at and name in found}
@@ -157,11 +161,11 @@ class TableFeed:
     ) -> tuple[str, Picture | None]:
         key = str(row[self.id]) if self.id and row.get(self.id) is not None else None
         if isinstance(where, str):
-            key = key or Path(where).with_suffix("").as_posix()
+            key = key or os.path.splitext(Path(where).as_posix())[0]
             path = self.folder / where
             try:
                 return key, picture_file(path, wanted.inline) if where else None
-            except OSError:
+            except (OSError, ValueError):  # ValueError: a path with a NUL or half a surrogate pair in it
                 return key, None
         value = row.get(self.image)
         data = value.get("bytes") if isinstance(value, dict) else value
@@ -206,7 +210,14 @@ def _rows(path: Path, report: IngestReport | None = None) -> Iterator[dict[str, 
                 elif line.strip() and report is not None:
                     report.skip("line is not a JSON object", f"line {number}")
             return
-        yield from csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",")
+        table = csv.DictReader(lines, delimiter="\t" if path.suffix == ".tsv" else ",", restkey=REST)
+        try:
+            for row in table:
+                if row.pop(REST, None) and report is not None:
+                    report.repair("row has more cells than columns: the last ones left out", f"line {table.line_num}")
+                yield row
+        except csv.Error as e:
+            raise DataError(f"{str(path)!r}, line {table.line_num}: {e}. Is a quote not closed there?") from e
 
 
 def _told(line: str, number: int, report: IngestReport | None) -> str:

@@ -13,6 +13,7 @@ PICTURES = frozenset(
     ["jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "ppm", "pgm", "avif"]
 )  # extensions, lower case
 HEAD = 1024  # bytes that hold the size of nearly every picture
+MOST = 2**31 - 1  # pixels of a side that a table can hold
 _SIDES = struct.Struct(">HH")
 _BARE = frozenset([0x01, *range(0xD0, 0xD9)])  # JPEG markers without a length
 _FRAMES = frozenset([*range(0xC0, 0xD0)]) - {0xC4, 0xC8, 0xCC}
@@ -38,10 +39,15 @@ def kind_of(head: bytes) -> str | None:
 
 
 def picture_size(head: bytes, read: Read) -> tuple[int, int] | None:
-    """(width, height) in pixels of the upright picture, or None where the header does not say.
+    """(width, height) in pixels of the upright picture, or None where the header does not say, or says nonsense.
 
     head: the first `HEAD` bytes of the picture; read gives what lies further on, which few pictures need.
     """
+    size = _told(head, read)
+    return size if size and 0 < size[0] <= MOST and 0 < size[1] <= MOST else None
+
+
+def _told(head: bytes, read: Read) -> tuple[int, int] | None:
     kind = kind_of(head)
     try:
         if kind == "jpeg":

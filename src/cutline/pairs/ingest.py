@@ -24,7 +24,7 @@ from cutline.pairs import content
 from cutline.pairs.journal import Journal, locked, side_folder
 from cutline.pairs.keys import Keys
 from cutline.pairs.provenance import CONTENT, KEY, Provenance
-from cutline.pairs.report import IngestReport
+from cutline.pairs.report import IngestReport, utf8
 from cutline.pairs.samples import OWN, Feed, Missing, Picture, Sample, Wanted
 from cutline.pairs.sources import open_feeds
 from cutline.pairs.values import plain_column, sniff, text_column
@@ -229,6 +229,9 @@ class _Writer:
 
     def _take(self, sample: Sample | Missing) -> None:
         """Queue a sample, or count why not."""
+        if not sample.key.isascii() and (key := utf8(sample.key)) != sample.key:
+            self.report.repair("key is not UTF-8: bad bytes replaced", key)
+            sample = sample._replace(key=key)
         if isinstance(sample, Missing):
             return self.report.skip(sample.reason, sample.key)
         if sample.picture.size == 0:

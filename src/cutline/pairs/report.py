@@ -11,6 +11,14 @@ EXAMPLES = 5
 DUPLICATE = "tell the keys of shards apart with --prefix-keys if each shard counts from zero"
 
 
+def utf8(text: str) -> str:
+    """`text` without what UTF-8 cannot hold: bytes of a name in another encoding, half a surrogate pair from JSON."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+
+
 class Count(Config):
     """How often, and the first few keys."""
 
@@ -42,6 +50,7 @@ class IngestReport(Config):
 
     def _count(self, counts: dict[str, Count], reason: str, key: str) -> None:
         if not self._muted:
+            key = utf8(key)
             counts.setdefault(reason, Count()).add(f"{key} ({self._where})" if self._where else key)
 
     def at(self, where: str, muted: bool) -> None:

@@ -87,9 +87,9 @@ def members(window: Window) -> Iterator[tuple[str, int, int]]:
                 raise BrokenTar("damaged header", position) from None
         start = position + 512
         if kind in b"LKxgX":  # the header of a header
-            data = window.get(start, size)
-            if len(data) < size:
+            if start + size > window.length:
                 raise BrokenTar("cut off in a header", position)
+            data = window.get(start, size)
             if kind == b"L":
                 long_name = _text(data)
             elif kind == b"g":
@@ -100,7 +100,7 @@ def members(window: Window) -> Iterator[tuple[str, int, int]]:
             continue
         if everywhere or pax:
             pax = everywhere | pax
-            size = int(pax.get("size", size))
+            size = _pax_size(pax, size, position)
         if kind in b"123456":  # links, devices and folders have no bytes
             size = 0
         elif kind in b"0\x007":
@@ -156,6 +156,16 @@ def _pax(data: bytes, position: int) -> dict[str, str]:
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
         at += length
     return records
+
+
+def _pax_size(pax: dict[str, str], size: int, position: int) -> int:
+    """The size that a pax header gives, else `size`."""
+    told = pax.get("size")
+    if told is None:
+        return size
+    if not (told.isascii() and told.isdigit()):
+        raise BrokenTar("damaged pax header", position)
+    return int(told)
 
 
 class TarFeed:
@@ -233,11 +243,6 @@ class _Grouper:
 
     def sample(self, key: str, picture: Picture | None, found: dict[str, bytes]) -> Sample | Missing:
         key = self.prefix + key.removeprefix("./")
-        if not key.isascii():
-            plain = key.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-            if plain != key:
-                self.report.repair("key is not UTF-8: bad bytes replaced", plain)
-                key = plain
         if picture is None:
             return Missing(key, "no picture")
         values: list[Any] = []
