@@ -74,6 +74,14 @@ def test_check_counts_every_kind_of_broken_picture(tmp_path):
     }  # fmt: skip
 
 
+def test_check_takes_jpegs_that_only_pillow_decodes(tmp_path):
+    odd = bytearray(picture(0))
+    odd[odd.find(b"\xff\xc0") + 11] = 0x31  # subsampling of 3 × 1, which TurboJPEG does not name
+    create(tmp_path / "t.lance", [write_tar(tmp_path / "a.tar", sample(0, jpg=bytes(odd)))], show=False)
+    report = check(Pairs.open(tmp_path / "t.lance"), show=False)
+    assert (report.pictures, report.broken) == (1, 0)
+
+
 def same(a: Pairs, b: Pairs, columns: list[str]) -> bool:
     return a.read(range(len(a)), columns) == b.read(range(len(b)), columns)
 
@@ -122,6 +130,14 @@ def test_export_of_hard_keys_vectors_and_blobs(tmp_path):
         (k, picture(i, "PNG"), [0.0 + i, 1.0 + i, 2.0 + i], [picture(7, "PNG"), None, b"raw"][i])
         for i, k in enumerate(keys)
     ]
+
+
+def test_export_of_a_list_of_alt_texts(tmp_path):
+    create(tmp_path / "t.lance", [write_tar(tmp_path / "a.tar", sample(0))], alt="json:captions", show=False)
+    first = Pairs.open(tmp_path / "t.lance")
+    export(first, tmp_path / "out", show=False)
+    create(tmp_path / "back.lance", [tmp_path / "out" / "00000.tar"], alt="json:alt", show=False)
+    assert same(first, Pairs.open(tmp_path / "back.lance"), ["key", "image", "alt"])
 
 
 def test_export_refuses_what_it_would_spoil(tmp_path, table):

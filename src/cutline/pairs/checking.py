@@ -82,7 +82,11 @@ def _notes(data: bytes, name: str | None) -> list[str]:
     if named and kind and named != kind:
         notes.append(f"named as {named}, but {kind}: decoded by its content")
     if kind == "jpeg":
-        if simplejpeg.decode_jpeg_header(data, strict=False)[2] in ("CMYK", "YCCK"):
+        try:
+            mode = simplejpeg.decode_jpeg_header(data, strict=False)[2]
+        except ValueError:  # a kind of subsampling that only Pillow decodes
+            mode = ""
+        if mode in ("CMYK", "YCCK"):
             notes.append("CMYK: converted to RGB")
         return notes
     image = Image.open(io.BytesIO(data))

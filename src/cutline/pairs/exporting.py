@@ -121,10 +121,12 @@ def _tar(path: Path, rows: Iterator[dict[str, Any]], pairs: Pairs, columns: list
         for row in rows:
             name = _name(row["key"])
             files = {_extension(row["image"]): row["image"]}
-            if row.get("alt") is not None:
+            if isinstance(row.get("alt"), str):  # a list of texts goes into the JSON
                 files["txt"] = row["alt"].encode()
             files |= {f"{c}.{_extension(row[c])}": row[c] for c in columns if c in blobs and row[c] is not None}
-            rest = {"key": row["key"]} | {c: row[c] for c in columns if c != "alt" and c not in blobs}
+            rest = {"key": row["key"]} | {
+                c: row[c] for c in columns if c not in blobs and not (c == "alt" and "txt" in files)
+            }
             files["json"] = json.dumps(rest, ensure_ascii=False, default=_plain).encode()
             for extension, data in files.items():
                 info = tarfile.TarInfo(f"{name}.{extension}")
