@@ -56,6 +56,27 @@ def test_overrides_are_yaml_and_merge(tmp_path):
     assert got == Outer(inner=Inner(rate=0.5, name="y"), columns={"a": 1, "b": 2}, steps=7)
 
 
+def test_an_override_of_free_keys_replaces_them_and_one_of_a_section_merges(tmp_path):
+    path = write(tmp_path, "inner: {rate: 0.5}\ncolumns: {a: 1, b: 2}\n")
+    assert load(Outer, path, ["columns={c: 3}", "inner={name: y}"]) == Outer(
+        inner=Inner(rate=0.5, name="y"), columns={"c": 3}
+    )
+    assert load(Outer, path, ["columns.c=3"]).columns == {"a": 1, "b": 2, "c": 3}
+
+
+def test_keys_with_capitals_are_named_too(tmp_path):
+    with pytest.raises(ConfigError, match=r"unknown key 'Steps' \(.*line 1\): did you mean 'steps'"):
+        load(Outer, write(tmp_path, "Steps: 3\n"))
+    with pytest.raises(ConfigError, match=r"columns.Alt \(.*line 2\).*number"):
+        load(Outer, write(tmp_path, "columns:\n  Alt: much\n"))
+
+
+def test_a_picture_is_no_recipe(tmp_path):
+    (tmp_path / "p.jpg").write_bytes(b"\xff\xd8\xff\xe0")
+    with pytest.raises(ConfigError, match="p.jpg.*not UTF-8"):
+        load(Outer, tmp_path / "p.jpg")
+
+
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [

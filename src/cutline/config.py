@@ -35,6 +35,8 @@ def load(model: type[C], path: str | Path | None, overrides: Sequence[str] = ())
             text = Path(path).read_text(encoding="utf-8")
         except OSError as e:
             raise ConfigError(f"cannot read the recipe {str(path)!r}: {e.strerror}. Check the path.") from e
+        except UnicodeDecodeError as e:
+            raise ConfigError(f"{str(path)!r} is no recipe: it is not UTF-8 text. Check the path.") from e
     try:
         node = yaml.compose(text, Loader=yaml.SafeLoader)
         values = yaml.safe_load(text) or {}
@@ -42,11 +44,17 @@ def load(model: type[C], path: str | Path | None, overrides: Sequence[str] = ())
         raise ConfigError(f"{path} is not valid YAML: {e}") from e
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, and holds a {type(values).__name__}.")
-    values = apply(values, overrides)
+    return check(model, apply(values, overrides, model), node, path, overrides)
+
+
+def check(
+    model: type[C], values: dict[str, Any], node: yaml.Node | None = None, path: Any = None, given: Sequence[str] = ()
+) -> C:
+    """`values` validated as `model`; raises `ConfigError` naming what is wrong, and its line if `node` is the YAML."""
     try:
         return model.model_validate(values)
     except ValidationError as e:
-        raise ConfigError(_explain(e, model, node, path, overrides)) from e
+        raise ConfigError(_explain(e, model, node, path, given)) from e
 
 
 def dump(config: Config) -> str:
@@ -54,8 +62,12 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def apply(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`values` with the dotted overrides merged in (OmegaConf semantics: mappings merge, everything else replaces)."""
+def apply(values: dict[str, Any], overrides: Sequence[str], model: type[BaseModel]) -> dict[str, Any]:
+    """`values` with the dotted overrides merged in.
+
+    Sections merge and everything else replaces, as in OmegaConf; but a mapping whose keys are free in `model` (columns
+    and their weights) is a value, so `data.text.columns={caption: 1}` leaves no other column.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -63,7 +75,12 @@ def apply(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
         if "=" not in item or item.startswith("="):
             raise ConfigError(f"override {item!r} is not of the form key=value, for example train.batch=256.")
     try:
-        merged = OmegaConf.merge(OmegaConf.create(values), OmegaConf.from_dotlist(list(overrides)))
+        merged: Any = OmegaConf.create(values)
+        for item in overrides:
+            key = item.split("=", 1)[0]
+            if _is_free(model, key.split(".")) and OmegaConf.select(merged, key) is not None:
+                OmegaConf.update(merged, key, None)
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
         result = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as e:
         raise ConfigError(f"cannot apply the overrides {list(overrides)}: {e}") from e
@@ -76,8 +93,7 @@ def _explain(
 ) -> str:
     lines = []
     for problem in error.errors():
-        # A union adds its member's name to the location; keep only the parts that are keys of the recipe.
-        loc = tuple(p for p in problem["loc"] if not (isinstance(p, str) and ("[" in p or p[:1].isupper())))
+        loc = problem["loc"]
         key = ".".join(str(p) for p in loc)
         where = _origin(loc, node, path, overrides)
         if problem["type"] == "extra_forbidden":
@@ -87,8 +103,8 @@ def _explain(
             lines.append(f"unknown key {key!r}{where}: {hint}")
         else:
             value = problem.get("input")
-            shown = "" if problem["type"] == "missing" else f" (got {value!r})"
-            lines.append(f"{key or 'recipe'}{where}: {problem['msg']}{shown}")
+            shown = "" if problem["type"] == "missing" or isinstance(value, dict) else f" (got {value!r})"
+            lines.append(f"{key or 'recipe'}{where}: {problem['msg'].removeprefix('Value error, ')}{shown}")
     return "\n".join(lines)
 
 
@@ -124,6 +140,15 @@ def _fields(model: type[BaseModel], loc: Location) -> set[str]:
                 found |= _models_in(field.annotation)
         models = found or models
     return {name for m in models for name in m.model_fields}
+
+
+def _is_free(model: type[BaseModel], loc: Sequence[str]) -> bool:
+    """Whether the field at `loc` is a mapping with keys of the user's own."""
+    annotation: Any = model
+    for part in loc:
+        fields = [m.model_fields[part] for m in _models_in(annotation) if part in m.model_fields]
+        annotation = fields[0].annotation if fields else None
+    return get_origin(annotation) is dict
 
 
 def _models_in(annotation: Any) -> set[type[BaseModel]]:

@@ -91,6 +91,28 @@ def test_a_plan_with_an_unknown_arm_or_key_is_refused(tmp_path):
         quickstart_plan("huge")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"base": TINY["base"] | {"trian": {}}}, "in base.*unknown key 'trian': did you mean 'train'"),
+        ({"tasks": {"Seg": {"task": "segment", "data": "d", "config": {"hed": "linear"}}}}, "tasks.Seg.*line.*unknown key 'hed': did you mean 'head'"),
+        ({"arms": TINY["arms"] | {"alt-text": None}}, "arm 'alt-text'.*that of 'alt text'"),
+        ({"tasks": {"model": TINY["tasks"]["seg"]}}, "task 'model'.*a run's own"),
+        ({"seeds": [0, -1]}, "seeds.1.*greater than or equal to 0"),
+    ],
+)  # fmt: skip
+def test_wrong_keys_and_names_in_a_plan_are_told_at_the_start(tmp_path, changes, message):
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(TINY | changes))
+    with pytest.raises(ConfigError, match=message) as error:
+        load_plan(tmp_path / "p.yaml")
+    assert "pydantic" not in str(error.value)
+
+
+def test_an_arm_replaces_the_columns_of_the_base():
+    base = TINY["base"] | {"data": TINY["base"]["data"] | {"text": {"columns": {"alt": 1}}}}
+    assert Plan.model_validate(TINY | {"base": base}).recipe("captions", 0).data.text.columns == {"captions": 1}
+
+
 def test_differences_are_paired_over_seeds(plan):
     found = made({"captions": [0.50, 0.70], "alt text": [0.40, 0.58]})
     d = difference(plan, found, "seg", "captions", "alt text")

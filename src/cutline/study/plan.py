@@ -1,12 +1,14 @@
 """A study as YAML: the arms (pretrainings), the tasks (transfers), the seeds. `quickstart` is three such files."""
 
 import re
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from cutline.config import Config, apply, load
+from cutline.config import Config, apply, check, load
 from cutline.errors import ConfigError
 from cutline.train.recipe import Recipe
 from cutline.transfer.depth import DepthConfig
@@ -27,13 +29,13 @@ class Task(Config):
 
     @model_validator(mode="after")
     def _check(self) -> "Task":
-        self.build(0)
+        _or_value_error("config", lambda: self.build(0))
         return self
 
     def build(self, seed: int) -> SegmentConfig | DepthConfig:
         """The task's config with a study's seed."""
-        model = SegmentConfig if self.task == "segment" else DepthConfig
-        return model.model_validate({**self.config, "seed": seed})
+        values = {**self.config, "seed": seed}
+        return check(SegmentConfig, values) if self.task == "segment" else check(DepthConfig, values)
 
 
 class Plan(Config):
@@ -42,7 +44,7 @@ class Plan(Config):
 
     name: str
     title: str = ""
-    seeds: list[int] = Field(default_factory=lambda: [0], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
     base: dict[str, Any]
     arms: dict[str, dict[str, Any] | None] = Field(min_length=1)
     tasks: dict[str, Task]
@@ -54,15 +56,16 @@ class Plan(Config):
         for arm in self.compare or ():
             if arm not in self.arms:
                 raise ValueError(f"compare names the arm {arm!r}; the arms are {', '.join(self.arms)}")
+        _check_folders("arm", self.arms)
+        _check_folders("task", self.tasks)
         for arm in self.arms:
-            self.recipe(arm, self.seeds[0])
+            _or_value_error(f"base, with arm {arm!r}", partial(self.recipe, arm, self.seeds[0]))
         return self
 
     def recipe(self, arm: str, seed: int) -> Recipe:
         """The arm's recipe. An arm without training uses the base's towers, at their random start."""
         dotted = [f"{key}={_inline(value)}" for key, value in (self.arms[arm] or {}).items()]
-        values = apply({**self.base, "name": slug(arm), "seed": seed}, dotted)
-        return Recipe.model_validate(values)
+        return check(Recipe, apply({**self.base, "name": slug(arm), "seed": seed}, dotted, Recipe))
 
 
 def load_plan(path: str | Path, overrides: list[str] | None = None) -> Plan:
@@ -80,6 +83,25 @@ def quickstart_plan(size: str, overrides: list[str] | None = None) -> Plan:
 def slug(name: str) -> str:
     """A folder name."""
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+
+
+def _check_folders(kind: str, names: Iterable[str]) -> None:
+    """Two names must not share a folder, nor take one of a run's own."""
+    taken = {"model": "a run's own", "checkpoints": "a run's own", "tensorboard": "a run's own", "": "no name"}
+    for name in names:
+        if slug(name) in taken:
+            raise ValueError(
+                f"{kind} {name!r} would be kept in the folder {slug(name)!r}: {taken[slug(name)]}; rename it"
+            )
+        taken[slug(name)] = f"that of {name!r}"
+
+
+def _or_value_error(where: str, build: Callable[[], object]) -> None:
+    """A wrong key inside a plan is explained with the plan's line, which pydantic adds to a ValueError."""
+    try:
+        build()
+    except ConfigError as e:
+        raise ValueError(f"in {where}: {e}") from e
 
 
 def _inline(value: Any) -> str:
