@@ -62,7 +62,7 @@ def write_tars(folder: Path, n: int, shards: int) -> list[str]:
     return paths
 
 
-def rate(batches: Iterable[Any], batch: int, skip: int = 2) -> float:
+def rate(batches: Iterable[Any], batch: int, skip: int = 6) -> float:
     """Pictures a second after the first `skip` batches."""
     count = 0
     begun = 0.0
@@ -84,7 +84,7 @@ def theirs(tars: list[str], n: int, batch: int, size: int, workers: int) -> floa
     preprocess = open_clip.image_transform(size, is_train=True, mean=MEAN, std=STD)
     data = get_wds_dataset(args, preprocess, True, tokenizer=open_clip.get_tokenizer("ViT-B-32"), floor=True)
     data.set_epoch(0)
-    return rate(data.dataloader, batch, skip=max(2, workers))
+    return rate(data.dataloader, batch, skip=max(6, workers))
 
 
 def ours(table: str, batch: int, size: int, threads: int) -> float:
