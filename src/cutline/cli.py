@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cutline.errors import CutlineError
+from cutline.errors import ConfigError, CutlineError
 
 app = typer.Typer(
     name="cutline", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
@@ -40,7 +40,7 @@ def quickstart(
     """The whole chain on embedded scenes: pretrain three ways, transfer, compare; ends with a table and a report."""
     from cutline.study.plan import quickstart_plan
 
-    extra = [f"seeds={list(range(seeds))}"] if seeds else []
+    extra = [f"seeds={list(range(seeds))}"] if seeds is not None else []
     _study(quickstart_plan(size, extra + list(overrides or [])), out / size, None)
 
 
@@ -61,9 +61,13 @@ def study(
 
 def _study(plan: Any, out: Path, only: str | None, report_only: bool = False) -> None:
     from cutline.study.report import print_table, write_report
-    from cutline.study.runner import run
+    from cutline.study.runner import check_folder, run
 
-    if not report_only:
+    if report_only:
+        if not out.is_dir():
+            raise ConfigError(f"there is no study in {out} yet; run it without --report, or name its --out.")
+        check_folder(plan, out)
+    else:
         run(plan, out, only, say=lambda line: print(line, file=sys.stderr, flush=True))
     print_table(plan, out)
     page = write_report(plan, out)

@@ -14,10 +14,13 @@ import pytest
 import yaml
 from processes import run_cutline
 
+from cutline import towers
+from cutline.config import dump
 from cutline.errors import ConfigError, DataError
 from cutline.record import Protocol, Result
 from cutline.study.plan import SIZES, Plan, load_plan, quickstart_plan
-from cutline.study.runner import Cell, results
+from cutline.study.report import _curves
+from cutline.study.runner import Cell, _pretrain, check_folder, results
 from cutline.study.statistics import difference, headline
 
 TINY = {
@@ -193,8 +196,39 @@ def test_the_report_stands_alone_and_shows_everything(study):
     assert row["step"] == 1
 
 
+def test_more_seeds_may_be_added_to_a_study(tmp_path, plan):
+    (tmp_path / "study.yaml").write_text(dump(plan))
+    check_folder(plan.model_copy(update={"seeds": [0, 1, 2]}), tmp_path)
+    with pytest.raises(ConfigError, match="holds another study"):
+        check_folder(plan.model_copy(update={"base": plan.base | {"seed": 3}}), tmp_path)
+
+
+def test_an_untrained_encoder_is_there_only_when_it_is_whole(tmp_path, plan, monkeypatch):
+    """A kill while it is written: the second start writes it again."""
+    cell = Cell("scratch", 0)
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        killed.setattr("cutline.towers.store.write_atomic", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        _pretrain(plan, cell, tmp_path, {})
+    assert towers.load(_pretrain(plan, cell, tmp_path, {}))
+
+
+def test_the_report_of_a_study_that_never_ran_says_so(tmp_path):
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(TINY))
+    done = run_cutline("study", "plan.yaml", "--report", cwd=tmp_path)
+    assert done.returncode == 1
+    assert "there is no study in" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_curves_of_a_run_that_is_being_written(tmp_path, plan):
+    folder = Cell("captions", 0).folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text('{"samples": 8, "loss": 2.0}\n{"samples": 16, "lo')
+    assert "<svg" in _curves(plan, tmp_path)
+
+
 def test_another_study_in_the_same_folder_is_refused(study):
-    done = run_cutline("study", "plan.yaml", "--out", "out", "seeds=[5]", cwd=study)
+    done = run_cutline("study", "plan.yaml", "--out", "out", "base.train.lr=0.5", cwd=study)
     assert done.returncode == 1
     assert "holds another study" in done.stderr
     assert "Traceback" not in done.stderr

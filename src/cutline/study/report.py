@@ -165,7 +165,9 @@ def _curves(plan: Plan, out: Path) -> str | None:
             path = Cell(arm, seed).folder(out) / "metrics.jsonl"
             if not path.exists():
                 continue
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
+            rows = [
+                json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")
+            ]  # of a live run, too
             label = arm if seed == plan.seeds[0] else None
             axis.plot(
                 [r["samples"] for r in rows], [r["loss"] for r in rows], color=COLOURS[i % 6], label=label, lw=1.6
@@ -189,7 +191,8 @@ def _pictures(plan: Plan, count: int = 8) -> list[dict[str, Any]]:
 
     data = plan.recipe(next(iter(plan.arms)), plan.seeds[0]).data
     source = open_source(re.sub(r"(scenes:.*size=)\d+", r"\g<1>224", data.pairs), data.where)
-    texts = [c for c in ("alt", "captions") if c in source.columns]
+    columns = [c for c in source.columns if c.startswith("caption")]
+    texts = [*columns, *(c for c in ["alt"] if c in source.columns)]
     cards = []
     for row in source.read(range(min(count, len(source))), ["image", *texts]):
         image = row["image"]
@@ -200,8 +203,8 @@ def _pictures(plan: Plan, count: int = 8) -> list[dict[str, Any]]:
         if pixels is not None:
             picture = Image.fromarray(pixels)
             picture.thumbnail((320, 320))
-            captions = row.get("captions") or []
-            captions = [captions] if isinstance(captions, str) else captions
+            found = [row[c] or [] for c in columns]
+            captions = [t for texts in found for t in ([texts] if isinstance(texts, str) else texts)]
             cards.append({"image": _jpeg(picture), "alt": row.get("alt"), "captions": captions[:3]})
     return cards
 

@@ -1,5 +1,6 @@
 """Run a plan: pretrain every arm for every seed, transfer each to every task. What is finished is never done again."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from cutline import towers
 from cutline.config import dump
 from cutline.errors import ConfigError
 from cutline.record import Result, write_atomic
-from cutline.study.plan import Plan, slug
+from cutline.study.plan import Plan, load_plan, slug
 from cutline.train.loop import read_from, train
 from cutline.train.stream import Source
 from cutline.transfer.depth import DepthConfig, depth
@@ -37,10 +38,8 @@ def run(plan: Plan, out: Path, only: str | None = None, say: Callable[[str], Non
     A killed study goes on where it stopped: pretraining from its last checkpoint, transfers from the next unscored one.
     """
     out.mkdir(parents=True, exist_ok=True)
-    previous = out / "study.yaml"
-    if previous.exists() and previous.read_text() != dump(plan):
-        raise ConfigError(f"{out} holds another study (see {previous}); choose another --out, or delete it.")
-    write_atomic(previous, dump(plan).encode())
+    check_folder(plan, out)
+    write_atomic(out / "study.yaml", dump(plan).encode())
     arms, tasks = _chosen(plan, only)
     sources: dict[str, Source] = {}
     for seed in plan.seeds:
@@ -51,6 +50,14 @@ def run(plan: Plan, out: Path, only: str | None = None, say: Callable[[str], Non
             for task in tasks:
                 result = _transfer(plan, Cell(arm, seed, task), out, encoder)
                 say(f"  {task}: " + ", ".join(f"{k} {v:.3f}" for k, v in list(result.metrics.items())[:3]))
+
+
+def check_folder(plan: Plan, out: Path) -> None:
+    """Raise `ConfigError` if `out` holds a study whose scores are not this one's; seeds and looks may differ."""
+    previous = out / "study.yaml"
+    looks = {"seeds": [0], "title": "", "compare": None, "show": 0}
+    if previous.exists() and dump(load_plan(previous).model_copy(update=looks)) != dump(plan.model_copy(update=looks)):
+        raise ConfigError(f"{out} holds another study (see {previous}); choose another --out, or delete it.")
 
 
 def results(plan: Plan, out: Path) -> dict[Cell, Result]:
@@ -78,7 +85,8 @@ def _pretrain(plan: Plan, cell: Cell, out: Path, sources: dict[str, Source]) -> 
     recipe = plan.recipe(cell.arm, cell.seed)
     if plan.arms[cell.arm] is None:
         torch.manual_seed(cell.seed)
-        towers.save(towers.build(recipe.towers), folder / "model")
+        towers.save(towers.build(recipe.towers), folder / ".model")
+        os.replace(folder / ".model", folder / "model")  # there is a model when, and only when, it is whole
         return str(folder)
     key = f"{recipe.data.pairs} {recipe.data.where}"
     if key not in sources:
