@@ -1,6 +1,7 @@
 """Tokens, trimming with equal outputs, and the last block for the pooled token alone."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import open_clip
 import pytest
@@ -191,6 +192,19 @@ def hub_tokenizer(tmp_path):
     )
     fast.save_pretrained(tmp_path / "hub")
     return str(tmp_path / "hub")
+
+
+def test_a_hugging_face_tokeniser_is_safe_in_threads(hub_tokenizer):
+    model = build(no_causal_mask=True, context_length=6, vocab_size=8, custom=True, hf_tokenizer_name=hub_tokenizer)
+    tokenizer = towers.Tokenizer(model)
+    texts = ["a cat"] * 4 + ["dog " * 9] * 4
+    expected = tokenizer(texts)
+
+    def work(_: int) -> bool:
+        return torch.equal(tokenizer(texts), expected) and tokenizer.truncated(texts) == 4
+
+    with ThreadPoolExecutor(6) as pool:
+        assert all(pool.map(work, range(600)))
 
 
 def test_a_hugging_face_tokeniser_travels_with_the_model(hub_tokenizer, tmp_path):

@@ -1,5 +1,7 @@
 """Captions to tokens: open_clip's tokeniser of a model, trimming to the longest caption, and counting truncations."""
 
+import threading
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -26,6 +28,8 @@ class Tokenizer:
         options = text_cfg.get("tokenizer_kwargs") or {}
         source = model.tokenizer_folder or text_cfg.get("hf_tokenizer_name")
         self.tokenizer: Any
+        # A fast tokeniser of transformers keeps whether it cuts and pads as state, which a call changes.
+        self.lock: AbstractContextManager[Any] = threading.Lock() if source else nullcontext()
         if source:
             mode = text_cfg.get("tokenizer_mode")
             try:
@@ -39,7 +43,8 @@ class Tokenizer:
     def __call__(self, texts: list[str]) -> Tensor:
         if not texts:
             return torch.zeros(0, self.context, dtype=torch.long)
-        return cast(Tensor, self.tokenizer(texts))
+        with self.lock:
+            return cast(Tensor, self.tokenizer(texts))
 
     def trimmed(self, tokens: Tensor) -> Tensor:
         """`trim(tokens)` where the text tower allows it, else `tokens` as they are."""
@@ -54,7 +59,8 @@ class Tokenizer:
     def _length(self, text: str) -> int:
         """Tokens of `text`, start and end included, before it is cut."""
         if isinstance(self.tokenizer, HFTokenizer):
-            return len(self.tokenizer.tokenizer(self.tokenizer.clean_fn(text)).input_ids)
+            with self.lock:
+                return len(self.tokenizer.tokenizer(self.tokenizer.clean_fn(text)).input_ids)
         return len(self.tokenizer.encode(text)) + 2
 
     def save(self, folder: str) -> None:
