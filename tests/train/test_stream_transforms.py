@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tf
 
@@ -147,3 +148,9 @@ def test_randaugment_changes_the_view_and_only_then() -> None:
         assert a[:6] == b[:6]  # the crop is the same one
         changed += not np.array_equal(plain.apply(picture, a, 48), strong.apply(picture, b, 48))
     assert changed > 24
+
+
+@pytest.mark.parametrize("ratio", [(0, 1), (-1, 1), (1, math.inf)])
+def test_ratios_of_a_crop_are_positive(ratio: tuple[float, float]) -> None:
+    with pytest.raises(ValidationError, match="ratio"):
+        Augment(ratio=ratio)

@@ -69,4 +69,5 @@ class Cached:
         if missing:
             for r, values in zip(missing, self.source.read(missing, columns), strict=True):
                 self._rows.setdefault(r, {}).update(values)  # atomic, and loses no column of another thread
-        return [{c: v for c, v in self._rows[r].items() if c in wanted or c == "error"} for r in rows]
+        found = [self._rows[r] for r in rows]  # looked up by name: another thread may be adding columns
+        return [{c: row[c] for c in (*columns, "error") if c in row} for row in found]

@@ -22,6 +22,7 @@ from cutline.train.stream.randaugment import BINS, Operation, carry_out, draw_op
 Picture = NDArray[np.uint8]  # (H, W, 3) when decoded, (3, S, S) as a view
 Draw = Callable[[], float]
 Share = Annotated[float, Field(gt=0, le=1)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Augmentation(NamedTuple):
@@ -45,7 +46,7 @@ class Augment(Config):
     """
 
     scale: tuple[Share, Share] = (0.9, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     flip: float = Field(default=0.0, ge=0, le=1)
     operations: int = Field(default=0, ge=0)
     magnitude: int = Field(default=9, ge=0, le=BINS)
