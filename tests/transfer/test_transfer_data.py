@@ -102,6 +102,15 @@ def spoil_unlabelled(root: Path) -> str:
     return "target empty"
 
 
+def test_an_archive_named_npy_is_counted(folder: Folder) -> None:
+    root = folder(train=1)
+    (root / "train/depth/000.png").unlink()
+    with open(root / "train/depth/000.npy", "wb") as f:
+        np.savez(f, depth=np.ones((32, 32)))
+    with pytest.raises(Skip, match="cannot be read"):
+        open_data(f"folder:{root}", "depth").splits["train"].read(0)
+
+
 @pytest.mark.parametrize(
     "spoil",
     [spoil_size, spoil_label, spoil_missing, spoil_picture, spoil_empty_file, spoil_mask, spoil_rgb, spoil_unlabelled],

@@ -222,6 +222,34 @@ def test_results_of_different_encoders_share_a_column_and_those_of_different_hea
         check_comparable([one, three])
 
 
+def test_what_cannot_be_scored_is_told_before_training(folder: Folder, encoder: Any, tmp_path: Path) -> None:
+    data = open_data(f"folder:{folder()}", "segment")
+    with pytest.raises(DataError, match="no split 'test'"):
+        segment(encoder, data, SegmentConfig(**QUICK, split="test"), tmp_path / "out")
+    with pytest.raises(ConfigError, match="stride=40 is larger"):
+        segment(encoder, data, SegmentConfig(**QUICK, test="slide", stride=40), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_outlives_pictures_that_cannot_be_scored(folder: Folder, encoder: Any, tmp_path: Path) -> None:
+    root = folder()
+    (root / "val/masks/000.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="1 of 4 pictures skipped"):
+        segment(encoder, f"folder:{root}", SegmentConfig(**QUICK), tmp_path / "out")
+    assert load(tmp_path / "out").labels == 8
+
+
+def test_scores_of_single_and_half_precision_do_not_share_a_column(folder: Folder, encoder: Any) -> None:
+    data, options = open_data(f"folder:{folder()}", "segment"), {**QUICK, "head": "linear", "device": "cpu"}
+    auto, single, half = (
+        segment(encoder, data, SegmentConfig(**options, precision=p)) for p in ("auto", "fp32", "bf16")
+    )
+    assert auto.protocol.settings["precision"] == "fp32"
+    check_comparable([auto, single])
+    with pytest.raises(DataError, match="precision"):
+        check_comparable([auto, half])
+
+
 def test_an_encoder_whose_patch_does_not_divide_the_picture(folder: Folder, make_encoder: Any) -> None:
     data = open_data(f"folder:{folder(size=(33, 45))}", "segment")
     model = fit(make_encoder(patch=14, size=28), data, SegmentConfig(**{**QUICK, "steps": 2}))

@@ -189,12 +189,13 @@ def depth(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | 
     begun = time.monotonic()
     opened = open_data(data, "depth")
     model = fit(encoder, opened, config, out)
+    if out is not None:
+        save(model, out / "model")  # before scoring, which bad pictures may stop
     result = score(model, opened).model_copy(update={"seconds": time.monotonic() - begun})
     if out is not None:
         from cutline.transfer.draw import depth_grid
 
         samples = shown(model.config, opened)
         depth_grid(out / "samples.png", samples, model.predict([s.image for s in samples]), model.config.top)
-        save(model, out / "model")
         result.write(out)
     return result

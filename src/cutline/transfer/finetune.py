@@ -23,7 +23,7 @@ from cutline.train.optim import param_groups, schedule, set_lr
 from cutline.transfer.batches import Batch, Batches, Cut
 from cutline.transfer.data import DenseData, labelled
 from cutline.transfer.model import Dense
-from cutline.transfer.options import DenseConfig, autocast, default_channels, device_of, seeded
+from cutline.transfer.options import DenseConfig, autocast, default_channels, device_of, look, seeded
 
 NONFINITE = 5  # losses in a row that are not finite before a run stops
 CACHE_BYTES = 2 << 30  # frozen features kept at most
@@ -39,6 +39,7 @@ class Prepared(Generic[C]):
     """A config with nothing left open, the training rows that can be read, and how many could not."""
 
     def __init__(self, config: C, data: DenseData, width: int) -> None:
+        data.split(config.split)  # told before training, not after
         self.split = data.split("train")
         chosen = labelled(len(self.split), config.labels, config.seed)
         self.rows, skipped = self.split.usable(chosen)
@@ -56,6 +57,7 @@ class Prepared(Generic[C]):
                 "pyramid_channels": config.pyramid_channels or min(256, channels),
             }
         )
+        look(self.config)  # a stride that leaves pixels out is told before training, too
 
     def _crop(self, short: int | None) -> tuple[int, int]:
         sizes = {self.split.sizes[r] for r in self.rows}

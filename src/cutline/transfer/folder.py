@@ -24,7 +24,6 @@ PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 TARGETS = {"segment": (".png", ".tif", ".tiff", ".bmp"), "depth": (".png", ".tif", ".tiff", ".npy", ".exr")}
 FOLDERS = {"segment": "masks", "depth": "depth"}
 NO_CLASS = {"unlabelled", "unlabeled", "void", "ignore"}
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
 def open(rest: str, task: Task) -> DenseData:
@@ -91,7 +90,9 @@ def _split(name: str, pairs: list[tuple[Path, Path | None]], read_target: Callab
         image = _image(picture)
         try:
             values = read_target(target)
-        except UNREADABLE as e:
+        except DataError:  # a package is missing, and the file is not to blame
+            raise
+        except Exception as e:  # broken bytes make Pillow's plug-ins and NumPy raise errors of many kinds
             raise Skip("target broken", f"{target} cannot be read: {e}") from e
         if values.shape != image.shape[:2]:
             (h, w), (th, tw) = image.shape[:2], values.shape
@@ -110,7 +111,7 @@ def _image(path: Path) -> NDArray[np.uint8]:
                 return np.array(picture.convert("RGB"))
             grey = (np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)  # PIL's own conversion clips at 255
             return np.repeat(grey[:, :, None], 3, axis=2)
-    except UNREADABLE as e:
+    except Exception as e:
         raise Skip("picture broken", f"{path} cannot be read: {e}") from e
 
 
@@ -136,7 +137,7 @@ def _largest(masks: list[Path], ignored: set[int]) -> int:
     for path in masks:
         try:
             largest = max([largest, *(set(np.unique(_index(path)).tolist()) - ignored)])
-        except UNREADABLE:
+        except Exception:
             continue  # counted when the sample is read
     return largest
 

@@ -99,9 +99,14 @@ def device_of(name: str) -> torch.device:
 
 def autocast(config: DenseConfig) -> Callable[[], AbstractContextManager[Any]]:
     """A maker of contexts of the config's precision."""
-    device = device_of(config.device)
-    half = config.precision == "bf16" or (config.precision == "auto" and device.type == "cuda")
+    device, half = device_of(config.device), precision(config) == "bf16"
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
+
+
+def precision(config: DenseConfig) -> str:
+    """What "auto" comes to on the config's device: "bf16" or "fp32"."""
+    auto = "bf16" if device_of(config.device).type == "cuda" else "fp32"
+    return auto if config.precision == "auto" else config.precision
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from cutline.errors import DataError
 from cutline.record import Protocol
 from cutline.transfer.data import DenseData, Sample, Skip, Split
 from cutline.transfer.model import Dense
-from cutline.transfer.options import DenseConfig
+from cutline.transfer.options import DenseConfig, precision
 
 
 def scored_rows(config: DenseConfig, data: DenseData) -> tuple[Split, list[int], int]:
@@ -24,6 +24,7 @@ def protocol(
 ) -> Protocol:
     """How a score of `task` was measured: everything in the config, the data and what of them could be read."""
     values = config.model_dump(mode="json", exclude={"seed", "split", "device"})
+    values["precision"] = precision(config)
     counts = {"scored": scored, "skipped": skipped, "trained": model.labels, "trained_skipped": model.skipped}
     return Protocol(
         task=task,

@@ -121,12 +121,13 @@ def segment(encoder: Any, data: str | DenseData, config: SegmentConfig, out: Pat
     begun = time.monotonic()
     opened = open_data(data, "segment")
     model = fit(encoder, opened, config, out)
+    if out is not None:
+        save(model, out / "model")  # before scoring, which bad pictures may stop
     result = score(model, opened).model_copy(update={"seconds": time.monotonic() - begun})
     if out is not None:
         from cutline.transfer.draw import class_grid
 
         samples = shown(model.config, opened)
         class_grid(out / "samples.png", samples, model.predict([s.image for s in samples]), model.classes)
-        save(model, out / "model")
         result.write(out)
     return result
