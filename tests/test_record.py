@@ -1,5 +1,6 @@
 """Results carry their protocol; scores of different protocols cannot share a column."""
 
+import math
 import os
 import signal
 import subprocess
@@ -28,6 +29,15 @@ def test_result_round_trip(tmp_path):
     assert Result.read(tmp_path) == r
 
 
+def test_a_score_that_is_no_number_is_still_a_result(tmp_path):
+    r = Result(
+        metrics={"rmse": math.nan}, protocol=Protocol(**result(settings={"cap": math.inf}).protocol.model_dump())
+    )
+    r.write(tmp_path)
+    assert math.isnan(Result.read(tmp_path).metrics["rmse"])
+    assert Result.read(tmp_path).protocol.settings == {"cap": math.inf}
+
+
 def test_encoder_seed_and_path_may_differ_in_a_column():
     check_comparable([result(), result(encoder="other", encoder_hash="z", seed=5, data="camvid:elsewhere")])
 
@@ -43,6 +53,9 @@ def test_encoder_seed_and_path_may_differ_in_a_column():
 def test_other_protocols_are_refused_and_named(changes, named):
     with pytest.raises(DataError, match=named):
         check_comparable([result(), result(**changes)])
+    with pytest.raises(DataError) as error:
+        check_comparable([result(), result(settings={"crop": 160})])
+    assert "settings" not in str(error.value)
 
 
 def test_missing_and_broken_results_are_data_errors(tmp_path):

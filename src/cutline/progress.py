@@ -14,9 +14,9 @@ PLAIN_SECONDS = 10.0  # between two plain lines
 class Tick:
     """Call with the number of items done since the last call, and optionally a short note (a loss, say)."""
 
-    def __init__(self, label: str, total: int | None, unit: str) -> None:
+    def __init__(self, label: str, total: int | None, unit: str, done: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done, self.begun, self.printed = 0, time.monotonic(), time.monotonic()
+        self.before, self.done, self.begun, self.printed = done, done, time.monotonic(), time.monotonic()
         self.bar: Progress | None = None
         if sys.stderr.isatty():
             self.bar = Progress(
@@ -24,13 +24,13 @@ class Tick:
                 TextColumn("{task.fields[rate]}"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
                 console=Console(stderr=True),
             )  # fmt: skip
-            self.task = self.bar.add_task(label, total=total, rate="", note="")
+            self.task = self.bar.add_task(label, total=total, completed=done, rate="", note="")
             self.bar.start()
 
     def __call__(self, n: int = 1, note: str = "") -> None:
         self.done += n
         now = time.monotonic()
-        rate = self.done / max(now - self.begun, 1e-9)
+        rate = (self.done - self.before) / max(now - self.begun, 1e-9)
         if self.bar is not None:
             self.bar.update(self.task, advance=n, rate=f"{rate:,.1f} {self.unit}/s", note=note)
         elif now - self.printed >= PLAIN_SECONDS:
@@ -43,9 +43,14 @@ class Tick:
 
 
 @contextmanager
-def progress(label: str, total: int | None = None, unit: str = "items", show: bool = True) -> Iterator[Tick]:
-    """Show progress of `total` items (None: unknown) while the body runs; `show=False` for ranks other than 0."""
-    tick = Tick(label, total, unit) if show else _Silent(label, total, unit)
+def progress(
+    label: str, total: int | None = None, unit: str = "items", show: bool = True, done: int = 0
+) -> Iterator[Tick]:
+    """Show progress of `total` items (None: unknown) while the body runs; `show=False` for ranks other than 0.
+
+    done: items finished by an earlier start, which say nothing of the rate.
+    """
+    tick = Tick(label, total, unit, done) if show else _Silent(label, total, unit)
     try:
         yield tick
     finally:

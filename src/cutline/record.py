@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 
 from cutline.config import Config
 from cutline.errors import DataError
@@ -41,7 +41,13 @@ def hash_files(paths: Iterable[str | Path]) -> str:
     return h.hexdigest()[:16]
 
 
-class Protocol(Config):
+class _Stored(Config):
+    """JSON in which NaN and infinity survive (pydantic writes null, which is then no number)."""
+
+    model_config = ConfigDict(ser_json_inf_nan="constants")
+
+
+class Protocol(_Stored):
     """How a score was measured.
 
     task: "segment", "depth", "retrieve", …; data: the SPEC as the user gave it; data_fingerprint: of what was read;
@@ -64,7 +70,7 @@ class Protocol(Config):
         return fingerprint(self.task, self.data_fingerprint, self.split, self.settings, self.version)
 
 
-class Result(Config):
+class Result(_Stored):
     """Metrics (name → value, in the units the task states) and how they were measured."""
 
     metrics: dict[str, float]
@@ -96,8 +102,7 @@ def check_comparable(results: Iterable[Result]) -> None:
         if r.protocol.column() == rows[0].protocol.column():
             continue
         a, b = rows[0].protocol.model_dump(), r.protocol.model_dump()
-        flat_a = {**a, **a.pop("settings")}
-        flat_b = {**b, **b.pop("settings")}
+        flat_a, flat_b = ({**p.pop("settings"), **p} for p in (a, b))
         skip = {"encoder", "encoder_hash", "seed", "data"}
         names = sorted(k for k in flat_a.keys() | flat_b.keys() if k not in skip and flat_a.get(k) != flat_b.get(k))
         diff = "; ".join(f"{k}: {flat_a.get(k)!r} against {flat_b.get(k)!r}" for k in names)

@@ -268,10 +268,11 @@ def test_decay_groups_and_layer_rates():
     [
         ({"objectives": {"contrastve": {}}}, r"unknown key 'objectives.contrastve'.*did you mean 'contrastive'"),
         ({"objectives": {"contrastive": {"weigt": 1}}}, r"unknown key 'objectives.contrastive.weigt'.*'weight'"),
+        ({"train": {"betas": [0.9, 1.5]}}, "train.betas.1.*less than 1"),
         ({"objectives": {"contrastive": {"weight": 0}}}, "no objective has a weight above 0"),
     ],
 )
-def test_wrong_objectives_are_named(tmp_path, changes, message):
+def test_wrong_settings_are_named(tmp_path, changes, message):
     import yaml
 
     values = yaml.safe_load(dump(recipe())) | changes

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cutline import towers
-from cutline.errors import DataError
+from cutline.config import load
+from cutline.errors import ConfigError, DataError
 from cutline.record import Result
 from cutline.scenes import Scenes, parse_spec
 from cutline.zeroshot.encode import embed_pairs
@@ -97,6 +98,11 @@ class Some:
         return found
 
 
+class Textless(Some):
+    def read(self, rows, columns):
+        return [row | {"alt": None} for row in self.scenes.read(list(rows), columns)]
+
+
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
@@ -116,6 +122,17 @@ def test_unusable_pairs_are_left_out_and_counted(model):
 def test_too_many_unreadable_pictures_stop_it(model):
     with pytest.raises(DataError, match="2 of 12 pictures cannot be read"):
         embed_pairs(model, Some(broken=2), ["captions"])
+
+
+def test_pairs_without_any_text_say_so(model):
+    with pytest.raises(DataError, match="none of 12 pairs has a text in alt"):
+        embed_pairs(model, Textless(), ["alt"])
+
+
+@pytest.mark.parametrize("wrong", ["batch=0", "max_texts=0"])
+def test_options_that_would_score_nothing_are_refused(wrong):
+    with pytest.raises(ConfigError, match=rf"{wrong}.*greater than or equal to 1"):
+        load(RetrieveConfig, None, [wrong])
 
 
 def test_unknown_column_is_named(model):

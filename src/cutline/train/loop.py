@@ -119,8 +119,8 @@ def train(recipe: Recipe, out: Path, resume: bool = False, source: Source | None
     """
     with process_group():
         run = prepare(recipe, out, resume, source)
-        with progress(recipe.name, run.steps * recipe.train.batch, "images", show and world()[0] == 0) as tick:
-            tick(run.step * recipe.train.batch)
+        batch, shown = recipe.train.batch, show and world()[0] == 0
+        with progress(recipe.name, run.steps * batch, "images", shown, done=run.step * batch) as tick:
             _loop(run, tick)
         if world()[0] == 0:
             model = run.trainee.model if run.average is None else cast(towers.Model, run.average.module)
@@ -156,7 +156,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool, source: Source | None = Non
         raise ConfigError(
             f"the recipe differs from {out / 'recipe.yaml'}; resume with the same one, or choose another --out."
         )
-    device = _device(config.device)
+    device = device_of(config.device)
     torch.manual_seed(recipe.seed)
     model = towers.build(recipe.towers, device=device)
     trainee = Trainee(model, recipe).to(device)
@@ -307,7 +307,8 @@ def _counted(run: Run) -> Iterator[None]:
     run.flops = counter.get_total_flops()
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
+    """The device of that name, this process's own under torchrun; "auto" is a GPU where there is one."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and "LOCAL_RANK" in os.environ:
@@ -315,7 +316,7 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"train.device = {name!r} is not there: {e}") from e
+        raise ConfigError(f"device {name!r} is not there: {e}") from e
 
 
 def _has_bf16(device: torch.device) -> bool:

@@ -1,6 +1,6 @@
 """The recipe of a pretraining run: data, towers, objectives, training. See `recipes/` for whole ones."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, create_model, model_validator
 
@@ -31,6 +31,9 @@ class DataConfig(Config):
     max_bad: float = Field(0.01, ge=0, le=1)
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class TrainConfig(Config):
     """How it is trained.
 
@@ -45,13 +48,13 @@ class TrainConfig(Config):
     samples: int = Field(1_000_000, ge=1)
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.2, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Share, Share] = (0.9, 0.95)
     eps: float = Field(1e-6, gt=0)
     warmup: int = Field(100, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
     floor: float = Field(0.0, ge=0, le=1)
     clip: float | None = Field(1.0, gt=0)
-    max_logit_scale: float = Field(100.0, gt=0)
+    max_logit_scale: float = Field(100.0, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     compile: bool = False
     ema: float | None = Field(None, gt=0, lt=1)

@@ -74,6 +74,8 @@ def embed_pairs(
             texts.append(model.encode_text(tokenizer.trimmed(tokens).to(device), normalize=True).float().cpu())
     model.train(training)
     bad = sum(v for k, v in out.skipped.items() if k != "no text")
+    if not images and not bad:
+        raise DataError(f"none of {len(source)} pairs has a text in {', '.join(columns)}: look at columns and where.")
     if bad > MAX_BAD * len(source) or not images:
         raise DataError(f"{bad} of {len(source)} pictures cannot be read ({out.skipped}); run `cutline pairs check`.")
     out.image, out.text, out.owners = torch.cat(images), torch.cat(texts), torch.tensor(owners)

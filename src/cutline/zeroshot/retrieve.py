@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from cutline import towers
 from cutline.config import Config, load
 from cutline.errors import DataError
 from cutline.record import Protocol, Result
+from cutline.train.loop import device_of
 from cutline.train.recipe import Recipe
 from cutline.zeroshot.encode import embed_pairs, test_transform, weights_hash
 
@@ -25,12 +27,14 @@ KS = (1, 5, 10)
 
 class RetrieveConfig(Config):
     """columns: text columns that hold a picture's captions (None: every caption column of the data, or its alt text);
-    max_texts: captions used of a picture; where: a filter of the table; batch: pictures a step."""
+    max_texts: captions used of a picture; where: a filter of the table; batch: pictures a step; device: "auto" is a GPU
+    where there is one."""
 
     columns: list[str] | None = None
-    max_texts: int = 5
+    max_texts: int = Field(5, ge=1)
     where: str | None = None
-    batch: int = 64
+    batch: int = Field(64, ge=1)
+    device: str = "auto"
 
 
 def recall(
@@ -78,7 +82,7 @@ def retrieve(
     """
     began = time.monotonic()
     name = model if isinstance(model, str) else "model"
-    loaded = towers.load(model) if isinstance(model, str) else model
+    loaded = towers.load(model, device_of(config.device)) if isinstance(model, str) else model
     columns = config.columns or caption_columns(source)
     embedded = embed_pairs(loaded, source, columns, config.batch, config.max_texts)
     metrics = recall(embedded.image, embedded.text, embedded.owners)
