@@ -1,5 +1,6 @@
 """The command line: a thin skin over the Python API. Heavy libraries are imported inside the commands, when needed."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -113,7 +114,8 @@ def train(
 
     loaded = load(Recipe, recipe, list(overrides or []))
     folder = run(loaded, out or Path("runs") / loaded.name, resume)
-    _done(folder, f"cutline zeroshot retrieve --model {folder} --data {loaded.data.pairs}")
+    if os.environ.get("RANK", "0") == "0":
+        _done(folder, f"cutline zeroshot retrieve --model {folder} --data {loaded.data.pairs}")
 
 
 @transfer_app.command()
@@ -123,7 +125,7 @@ def segment(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out 
     from cutline.transfer.segment import SegmentConfig
     from cutline.transfer.segment import segment as run
 
-    folder = out or _folder(encoder, "segment", data)
+    folder = out or _folder(encoder, "segment", data, overrides)
     _scored(run(encoder, data, load(SegmentConfig, None, list(overrides or [])), folder), folder)
 
 
@@ -134,7 +136,7 @@ def depth(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = 
     from cutline.transfer.depth import DepthConfig
     from cutline.transfer.depth import depth as run
 
-    folder = out or _folder(encoder, "depth", data)
+    folder = out or _folder(encoder, "depth", data, overrides)
     _scored(run(encoder, data, load(DepthConfig, None, list(overrides or [])), folder), folder)
 
 
@@ -156,7 +158,7 @@ def retrieve(
         config.where = held_out(model, data)
         if config.where:
             print(f"Scoring only pairs that the model was not trained on: where {config.where}", file=sys.stderr)
-    folder = out or _folder(model, "retrieve", data)
+    folder = out or _folder(model, "retrieve", data, overrides)
     _scored(run(model, open_source(data, config.where), config, data, folder), folder)
 
 
@@ -235,12 +237,14 @@ def _named(items: list[str] | None) -> dict[str, str]:
     return dict(item.split("=", 1) for item in items or [])
 
 
-def _folder(model: str, task: str, data: str) -> Path:
-    """Beside the run's own files, or under `runs/` for a model from elsewhere."""
+def _folder(model: str, task: str, data: str, overrides: list[str] | None) -> Path:
+    """Beside the run's own files, or under `runs/` for a model from elsewhere; one for each choice of options."""
+    from cutline.record import fingerprint
     from cutline.study.plan import slug
 
     base = Path(model) if Path(model).is_dir() else Path("runs") / slug(model)
-    return base / f"{task}-{slug(data)[-60:].lstrip('-')}"
+    options = f"-{fingerprint(sorted(overrides))[:6]}" if overrides else ""
+    return base / f"{task}-{slug(data)[-60:].lstrip('-')}{options}"
 
 
 def _print(thing: Any) -> None:
@@ -276,6 +280,11 @@ def main() -> None:
         if debug:
             raise
         print(f"cutline: {e}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except OSError as e:  # a folder that cannot be written, a full disk
+        if debug:
+            raise
+        print(f"cutline: {e}. Check the path and the room there; --debug shows where.", file=sys.stderr)
         raise SystemExit(1) from None
 
 

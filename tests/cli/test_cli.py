@@ -28,6 +28,8 @@ def test_help_imports_nothing_heavy():
         (["transfer", "segment", "--encoder", "scratch:vit-tiny-64", "--data", "camvd:x"], "camvid"),
         (["zeroshot", "retrieve", "--model", "nowhere", "--data", "scenes:n=4"], "nowhere"),
         (["pairs", "info", "no-such.lance"], "no-such.lance"),
+        (["quickstart", "--size", "tiny", "--out", "/dev/null"], "Not a directory: '/dev/null"),
+        (["quickstart", "--size", "tiny", "--seeds", "0"], "seeds (override 'seeds=[]')"),
         (
             ["transfer", "depth", "--encoder", "scratch:vit-tiny-64", "--data", "scenes:n=4", "stepz=3"],
             "did you mean 'steps'",
@@ -40,6 +42,18 @@ def test_user_errors_are_one_message_without_a_traceback(tmp_path, command, mess
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert "Traceback" in run_cutline("--debug", *command, cwd=tmp_path).stderr
+
+
+def test_scores_of_other_options_are_kept_apart(tmp_path):
+    command = ["zeroshot", "retrieve", "--model", "scratch:vit-tiny-64", "--data", "scenes:n=4,size=48"]
+    folders = set()
+    for options in ([], ["max_texts=1"], ["max_texts=2"]):
+        done = run_cutline(*command, *options, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        folders.add(done.stdout.split("Written: ")[1].strip())
+    assert len(folders) == 3
+    texts = {int(Result.read(tmp_path / f).metrics["texts"]) for f in folders}
+    assert texts == {4, 8, 20}
 
 
 def test_the_readme_chain_on_real_photos(real_data, tmp_path):
