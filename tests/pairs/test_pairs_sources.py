@@ -148,6 +148,13 @@ def test_names_and_keys_that_utf8_cannot_hold(tmp_path, folder):
     assert report.skipped["picture file cannot be read (No such file or directory)"].n == 2
 
 
+def test_a_named_field_that_no_pair_has_is_told(tmp_path, folder):
+    (folder / "a" / "é.txt").write_text("two")
+    create(tmp_path / "t.lance", [folder], captions="json:captoins", fields={"order": "json:x"}, max_bad=1, show=False)
+    told = Pairs.open(tmp_path / "t.lance").report.repaired["field found in no pair: its column is empty"]
+    assert [e.split(" (")[0] for e in told.examples] == ["json:captoins for captions", "json:x for order"]
+
+
 def test_csv_with_too_many_cells_or_an_open_quote(tmp_path, folder):
     table = folder / "t.csv"
     table.write_text("image,text\na/é.jpg,a dog, running\n")

@@ -306,6 +306,7 @@ class _Writer:
     def _finish(self) -> IngestReport:
         """Provenance and digests, then the word that the table is whole."""
         assert self.schema is not None
+        self._tell_empty()
         record = self.provenance.model_dump_json()
         notes = {name: {KEY: record, CONTENT: self.chains[name]} for name in self.schema.names}
         self.dataset.update_field_metadata(notes)
@@ -313,6 +314,15 @@ class _Writer:
         self.dataset.update_schema_metadata({STATE: "finished", REPORT: self.report.model_dump_json(), SHAPE: shape})
         self.journal.clear()
         return self.report
+
+    def _tell_empty(self) -> None:
+        """Count each field that the user named and no pair has: most likely its name is wrong."""
+        settings = self.provenance.settings
+        named = {name: settings.get(name) for name in ("alt", "captions")} | settings.get("fields", {})
+        for name, field in named.items():
+            filled = {"columns": ["key"], "filter": f"`{name}` IS NOT NULL", "limit": 1}
+            if field and not self.dataset.scanner(**filled).to_table().num_rows:
+                self.report.repair("field found in no pair: its column is empty", f"{field} for {name}")
 
 
 def table_shape(dataset: Any) -> str:
