@@ -123,3 +123,8 @@ def test_the_order_is_the_same_in_every_version() -> None:
 
 GOLDEN_ORDER = [81, 557, 434, 42, 857]
 GOLDEN_DRAW = 0.8170595109523551
+
+
+def test_data_without_a_row_are_told_as_such() -> None:
+    with pytest.raises(ConfigError, match=r"the data have 0.* Does data.where leave no row\?"):
+        Order(0, 8)

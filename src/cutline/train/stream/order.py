@@ -144,9 +144,9 @@ class Order:
         window: int = 16,
     ) -> None:  # fmt: skip
         if batch > n:
+            fix = f"Set train.batch to {n:,} or less, or add data." if n else "Does data.where leave no row?"
             raise ConfigError(
-                f"a step needs {batch:,} samples and the data have {n:,}, so that an epoch would have no step. "
-                f"Set train.batch to {n:,} or less, or add data."
+                f"a step needs {batch:,} samples and the data have {n:,}, so that an epoch would have no step. {fix}"
             )
         if batch % world:
             raise ConfigError(
