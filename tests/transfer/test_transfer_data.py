@@ -189,7 +189,8 @@ def test_pickled_npy_is_refused(folder: Folder) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("foldr:x", "did you mean 'folder'"),
+        ("foldr:x", "did you mean 'folder:x'"),
+        ("camvid", "did you mean 'camvid:…'"),
         ("/data/x", "kind:path"),
         ("folder:/nowhere", "no pictures in"),
         ("folder:/x,scal=2", "unknown option 'scal'"),

@@ -231,6 +231,12 @@ def test_what_cannot_be_scored_is_told_before_training(folder: Folder, encoder: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the device is there")
+def test_a_device_that_is_not_there_is_told(folder: Folder, encoder: Any) -> None:
+    with pytest.raises(ConfigError, match="device='cuda' is not there: .* Use auto or cpu"):
+        segment(encoder, f"folder:{folder()}", SegmentConfig(**QUICK, device="cuda"))
+
+
 def test_a_model_outlives_pictures_that_cannot_be_scored(folder: Folder, encoder: Any, tmp_path: Path) -> None:
     root = folder()
     (root / "val/masks/000.png").write_bytes(b"broken")

@@ -142,7 +142,7 @@ def open_data(spec: str | DenseData, task: Task) -> DenseData:
     kind, colon, rest = spec.partition(":")
     if not colon or kind not in KINDS:
         near = difflib.get_close_matches(kind, KINDS, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known kinds: {', '.join(KINDS)}."
+        hint = f"did you mean '{near[0]}:{rest or '…'}'?" if near else f"known kinds: {', '.join(KINDS)}."
         raise DataError(f"data {spec!r} is not of the form kind:path with a known kind: {hint}")
     data: DenseData = importlib.import_module(f"cutline.transfer.{kind}").open(rest, task)
     return data

@@ -92,9 +92,14 @@ def device_of(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError as e:
         raise ConfigError(f"device={name!r} is not a device: use auto, cpu, cuda or cuda:1.") from e
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as e:
+        raise ConfigError(f"device={name!r} is not there: {str(e).splitlines()[0]} Use auto or cpu.") from e
+    return device
 
 
 def autocast(config: DenseConfig) -> Callable[[], AbstractContextManager[Any]]:
