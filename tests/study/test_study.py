@@ -19,7 +19,7 @@ from cutline.config import dump
 from cutline.errors import ConfigError, DataError
 from cutline.record import Protocol, Result
 from cutline.study.plan import SIZES, Plan, load_plan, quickstart_plan
-from cutline.study.report import _curves
+from cutline.study.report import _curves, _how
 from cutline.study.runner import Cell, _pretrain, check_folder, results
 from cutline.study.statistics import difference, headline
 
@@ -218,6 +218,14 @@ def test_the_report_of_a_study_that_never_ran_says_so(tmp_path):
     assert done.returncode == 1
     assert "there is no study in" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_report_says_of_a_study_only_what_its_plan_says(plan):
+    told = " ".join(_how(plan, {}))
+    assert "scratch: no pretraining" in told
+    assert "captions: data.text.columns = {'captions': 1}" in told
+    assert "validation" not in told
+    assert "validation" in " ".join(_how(quickstart_plan("tiny"), {}))
 
 
 def test_curves_of_a_run_that_is_being_written(tmp_path, plan):

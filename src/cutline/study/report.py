@@ -304,11 +304,18 @@ def _depth_bar(figure: Any, axes: Any, samples: list[Any]) -> None:
 
 
 def _how(plan: Plan, found: dict[Cell, Result]) -> list[str]:
+    arms = "; ".join(
+        f"{a}: " + ("no pretraining" if o is None else ", ".join(f"{k} = {v}" for k, v in o.items()) or "the base")
+        for a, o in plan.arms.items()
+    )
     lines = [
-        "The arms differ only in the text column that pretraining read (or in having had none). All share pictures, "
-        "towers, order of samples, steps and, for every task, labels, head and schedule. Pictures of training, of labels "
-        "and of test are different scenes; settings were chosen on validation scenes."
+        f"The arms differ in this alone: {arms}. They share towers, seeds, order of samples, steps and, for every task, "
+        "labels, head and schedule, where nothing else is named here."
     ]
+    if plan.name.startswith("quickstart-"):
+        lines += [
+            "Pictures of training, of labels and of test are different scenes; settings were chosen on validation scenes."
+        ]
     for name in plan.tasks:
         first = next((r for c, r in found.items() if c.task == name), None)
         if first is not None:
