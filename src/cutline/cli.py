@@ -155,9 +155,14 @@ def retrieve(
 
     config = load(RetrieveConfig, None, list(overrides or []))
     if config.where is None:
-        config.where = held_out(model, data)
+        seen, config.where = held_out(model, data)
         if config.where:
             print(f"Scoring only pairs that the model was not trained on: where {config.where}", file=sys.stderr)
+        elif seen:
+            print(
+                "The model was trained on these very pairs: the scores say how well it learnt them, no more.",
+                file=sys.stderr,
+            )
     folder = out or _folder(model, "retrieve", data, overrides)
     _scored(run(model, open_source(data, config.where), config, data, folder), folder)
 

@@ -1,7 +1,6 @@
 """Plans, statistics and the report; the quickstart itself is run by its command."""
 
 import json
-import math
 import os
 import random
 import signal
@@ -117,11 +116,19 @@ def test_an_arm_replaces_the_columns_of_the_base():
 
 
 def test_differences_are_paired_over_seeds(plan):
-    found = made({"captions": [0.50, 0.70], "alt text": [0.40, 0.58]})
+    found = made({"captions": [0.50, 0.70, 0.61], "alt text": [0.40, 0.58, 0.50]})
     d = difference(plan, found, "seg", "captions", "alt text")
     assert d.mean == pytest.approx(11.0)
-    assert d.spread == pytest.approx(math.sqrt(2))  # of 10 and 12
+    assert d.spread == pytest.approx(1.0)  # of 10, 12 and 11
     assert d.verdict == "better"
+
+
+def test_verdicts_follow_the_t_interval(plan):
+    """Mean 2, standard deviation 1: with three seeds t · s/√n = 2.48 covers 0, with four 1.59 does not."""
+    three = made({"captions": [0.51, 0.52, 0.53], "alt text": [0.5] * 3})
+    four = made({"captions": [0.51, 0.52, 0.53, 0.52], "alt text": [0.5] * 4})
+    assert difference(plan, three, "seg", "captions", "alt text").verdict == "no clear difference"
+    assert difference(plan, four, "seg", "captions", "alt text").verdict == "better"
 
 
 def test_a_difference_within_the_spread_is_called_none(plan):

@@ -153,3 +153,19 @@ def test_score_carries_its_protocol(model, tmp_path):
     assert result.protocol.settings["columns"] == ["captions"]
     assert result.protocol.settings["hit"] == "any"
     assert len(result.protocol.encoder_hash) == 16
+
+
+def test_pairs_seen_in_training_are_known(tmp_path):
+    from cutline.config import dump
+    from cutline.train.recipe import Recipe
+    from cutline.zeroshot.retrieve import held_out
+
+    table, run = str(tmp_path / "a.lance"), tmp_path / "run"
+    (tmp_path / "a.lance").mkdir()
+    run.mkdir()
+    for where, expected in (("key < '5'", (True, "NOT (key < '5')")), (None, (True, None))):
+        values = {"name": "r", "data": {"pairs": table, "where": where}, "towers": {"model": "vit-tiny-64"}}
+        (run / "recipe.yaml").write_text(dump(Recipe.model_validate(values)))
+        assert held_out(str(run), f"{table}/") == expected
+    assert held_out(str(run), str(tmp_path / "other.lance")) == (False, None)
+    assert held_out("ViT-B-32:openai", table) == (False, None)

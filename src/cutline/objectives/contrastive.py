@@ -30,13 +30,21 @@ class Objective(base.Objective):
         terms = {}
         for source, texts in batch.texts.items():
             text = features.text(source)
-            if texts.paired:
-                loss, hits = paired_loss(image, text, scale)
-            else:
-                loss, hits = multi_positive_loss(image, text, texts.owners, scale)
+            # bf16 would round logits near 100 to halves; the product is a small part of a step.
+            with torch.autocast(image.device.type, enabled=False):
+                pair = (widen(image), widen(text))
+                if texts.paired:
+                    loss, hits = paired_loss(*pair, scale)
+                else:
+                    loss, hits = multi_positive_loss(*pair, texts.owners, scale)
             terms[source] = texts.weight * loss
             self.logged[f"accuracy/{source}"] = hits.detach()
         return terms
+
+
+def widen(x: Tensor) -> Tensor:
+    """Half precision to float32; anything wider as it is."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def paired_loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

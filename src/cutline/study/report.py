@@ -118,7 +118,7 @@ def _score_note(plan: Plan) -> str:
     if len(plan.seeds) > 1:
         return (
             f"Mean ± standard deviation over {len(plan.seeds)} seeds. A difference counts as clear when the mean of the "
-            "paired differences is more than twice its standard error."
+            "paired differences is outside the 95 % interval (Student's t) around zero."
         )
     return (
         f"One seed: there is no spread to judge by, and a difference of less than {ONE_SEED:.0%} of the score is called "

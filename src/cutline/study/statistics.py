@@ -11,6 +11,8 @@ from cutline.study.runner import Cell
 # With one seed there is no spread to judge by: below this relative difference we say that nothing was shown.
 # (Across seeds, scores of the same arm in the built-in studies vary by about this much.)
 ONE_SEED = 0.03
+# Student's t for a two-sided 95 % interval, by the number of seeds.
+T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 @dataclass
@@ -38,7 +40,8 @@ def mean_spread(values: list[float]) -> tuple[float, float | None]:
 def difference(plan: Plan, found: dict[Cell, Result], task: str, arm: str, other: str) -> Difference | None:
     """`arm` minus `other` on `task`, seed by seed; None while either is missing.
 
-    Verdict with several seeds: the mean difference exceeds twice its standard error; with one: 3 % of the score.
+    Verdict with several seeds: the 95 % interval of the mean difference (Student's t) leaves out 0; with one: the
+    difference exceeds 3 % of the score.
     """
     a, b = scores(plan, found, task, arm), scores(plan, found, task, other)
     seeds = sorted(a.keys() & b.keys())
@@ -49,7 +52,7 @@ def difference(plan: Plan, found: dict[Cell, Result], task: str, arm: str, other
     if spread is None:
         clear = abs(mean) > ONE_SEED * abs(b[seeds[0]])
     else:
-        clear = abs(mean) > 2 * spread / math.sqrt(len(seeds))
+        clear = abs(mean) > T95.get(len(seeds), 2.0) * spread / math.sqrt(len(seeds))
     good = (mean > 0) == HEADLINE[plan.tasks[task].task][2]
     verdict = ("better" if good else "worse") if clear else "no clear difference"
     return Difference(mean, spread, len(seeds), verdict)

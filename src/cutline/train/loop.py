@@ -117,7 +117,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False, source: Source | None
     Raises `ConfigError` if `out` holds a run and `resume` is not set, `DataError` for unreadable data and
     `TrainingError` where training cannot go on.
     """
-    with process_group():
+    with process_group(recipe.train.device):
         run = prepare(recipe, out, resume, source)
         batch, shown = recipe.train.batch, show and world()[0] == 0
         with progress(recipe.name, run.steps * batch, "images", shown, done=run.step * batch) as tick:
@@ -131,14 +131,15 @@ def train(recipe: Recipe, out: Path, resume: bool = False, source: Source | None
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
+def process_group(device: str) -> Iterator[None]:
     """Join the processes that torchrun started, if it did; NCCL on GPUs, gloo elsewhere."""
+    gpu = torch.cuda.is_available() and device != "cpu"
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
         yield
         return
-    if torch.cuda.is_available():
+    if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    dist.init_process_group("nccl" if gpu else "gloo")
     try:
         yield
     finally:

@@ -111,13 +111,13 @@ def caption_columns(source: Any) -> list[str]:
     return found
 
 
-def held_out(model: str, data: str) -> str | None:
-    """The filter that leaves out what `model` (a run directory) was trained on, if it trained on part of `data`."""
+def held_out(model: str, data: str) -> tuple[bool, str | None]:
+    """Whether `model` (a run directory) was trained on the table `data`, and the filter of what it has not seen of it."""
     recipe = Path(model) / "recipe.yaml"
     if not recipe.exists():
-        return None
+        return False, None
     trained = load(Recipe, recipe).data
     same = trained.pairs == data or (
         Path(trained.pairs).exists() and Path(trained.pairs).resolve() == Path(data).resolve()
     )
-    return f"NOT ({trained.where})" if same and trained.where else None
+    return same, f"NOT ({trained.where})" if same and trained.where else None
