@@ -41,19 +41,22 @@ def test_user_errors_are_one_message_without_a_traceback(tmp_path, command, mess
     assert done.returncode == 1
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert "Traceback" in run_cutline("--debug", *command, cwd=tmp_path).stderr
+
+
+def test_debug_shows_the_traceback():
+    assert "Traceback" in run_cutline("--debug", "train", "no-such.yaml").stderr
 
 
 def test_scores_of_other_options_are_kept_apart(tmp_path):
     command = ["zeroshot", "retrieve", "--model", "scratch:vit-tiny-64", "--data", "scenes:n=4,size=48"]
     folders = set()
-    for options in ([], ["max_texts=1"], ["max_texts=2"]):
+    for options in ([], ["max_texts=2"]):
         done = run_cutline(*command, *options, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         folders.add(done.stdout.split("Written: ")[1].strip())
-    assert len(folders) == 3
+    assert len(folders) == 2
     texts = {int(Result.read(tmp_path / f).metrics["texts"]) for f in folders}
-    assert texts == {4, 8, 20}
+    assert texts == {8, 20}
 
 
 def test_the_readme_chain_on_real_photos(real_data, tmp_path):
