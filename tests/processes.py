@@ -6,6 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+# gloo's threads may still run when a loaded machine ends the process, which then dies of it: wait for the other, and go.
+LEAVE = """
+def leave():
+    import os, sys
+    import torch.distributed as dist
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)
+
+"""
+
 
 def on_two_processes(code: str, *args: str, folder: Path) -> list[str]:
     """Run `code` on two gloo processes; it finds RANK and WORLD_SIZE in the environment. Returns their outputs."""

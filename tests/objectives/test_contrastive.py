@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from processes import on_two_processes
+from processes import LEAVE, on_two_processes
 from torch import Tensor
 
 from cutline.objectives.base import Batch, Features, Texts
@@ -100,7 +100,9 @@ def test_sum_over_columns_weighs_each_column(vectors):
     assert terms["caption"].item() == pytest.approx(two.item() / 2)
 
 
-TWO = """
+TWO = (
+    LEAVE
+    + """
 import json, os, sys, torch, torch.distributed as dist
 from cutline.objectives.contrastive import paired_loss, multi_positive_loss
 dist.init_process_group("gloo")
@@ -120,8 +122,9 @@ loss.backward()
 for p in (net.weight, scale):
     dist.all_reduce(p.grad); p.grad /= 2
 print(json.dumps({"loss": loss.item(), "weight": net.weight.grad.tolist(), "scale": scale.grad.item()}))
-dist.destroy_process_group()
+leave()
 """
+)
 
 
 @pytest.mark.parametrize("kind", ["paired", "many"])
@@ -147,15 +150,18 @@ def test_two_processes_equal_one_on_the_joined_batch(vectors, tmp_path, kind):
         assert r["scale"] == pytest.approx(scale.grad.item(), rel=1e-9)
 
 
-LOCAL = """
+LOCAL = (
+    LEAVE
+    + """
 import sys, torch, torch.distributed as dist
 from cutline.objectives.contrastive import paired_loss
 dist.init_process_group("gloo")
 data = torch.load(sys.argv[1], weights_only=True)
 mine = slice(2 * dist.get_rank(), 2 * dist.get_rank() + 2)
 print(paired_loss(data["image"][mine], data["text"][mine], torch.tensor(10.0))[0].item())
-dist.destroy_process_group()
+leave()
 """
+)
 
 
 def test_each_process_has_the_local_loss_of_the_reference_values(vectors, tmp_path):

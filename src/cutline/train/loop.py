@@ -142,6 +142,7 @@ def process_group(device: str) -> Iterator[None]:
     dist.init_process_group("nccl" if gpu else "gloo")
     try:
         yield
+        dist.barrier()  # nobody leaves while another still talks
     finally:
         dist.destroy_process_group()
 
