@@ -29,6 +29,7 @@ from cutline.objectives.gather import world
 from cutline.progress import progress
 from cutline.record import write_atomic
 from cutline.train import checkpoint
+from cutline.train.device import device_of
 from cutline.train.optim import param_groups, schedule, set_lr
 from cutline.train.recipe import DataConfig, Recipe
 from cutline.train.stream import Cached, Source, Stream, open_source
@@ -307,18 +308,6 @@ def _counted(run: Run) -> Iterator[None]:
     with FlopCounterMode(display=False) as counter:
         yield
     run.flops = counter.get_total_flops()
-
-
-def device_of(name: str) -> torch.device:
-    """The device of that name, this process's own under torchrun; "auto" is a GPU where there is one."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and "LOCAL_RANK" in os.environ:
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise ConfigError(f"device {name!r} is not there: {e}") from e
 
 
 def _has_bf16(device: torch.device) -> bool:

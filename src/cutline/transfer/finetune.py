@@ -19,11 +19,12 @@ from cutline.errors import TrainingError
 from cutline.progress import progress
 from cutline.towers.encoder import Encoder
 from cutline.towers.store import load_encoder
+from cutline.train.device import device_of
 from cutline.train.optim import param_groups, schedule, set_lr
 from cutline.transfer.batches import Batch, Batches, Cut
 from cutline.transfer.data import DenseData, labelled
 from cutline.transfer.model import Dense
-from cutline.transfer.options import DenseConfig, autocast, default_channels, device_of, look, seeded
+from cutline.transfer.options import DenseConfig, autocast, default_channels, look, seeded
 
 NONFINITE = 5  # losses in a row that are not finite before a run stops
 CACHE_BYTES = 2 << 30  # frozen features kept at most

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator
 
 from cutline.config import Config
 from cutline.errors import ConfigError
+from cutline.train.device import device_of
 from cutline.transfer.model import Look
 
 SplitName = Literal["train", "val", "test"]
@@ -86,20 +87,6 @@ class DenseConfig(Config):
 def default_channels(width: int) -> int:
     """Width of a head for an encoder of this width: a third of it in multiples of 64, so 256 for ViT-B's 768."""
     return max(64, min(512, width // 3 // 64 * 64))
-
-
-def device_of(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as e:
-        raise ConfigError(f"device={name!r} is not a device: use auto, cpu, cuda or cuda:1.") from e
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise ConfigError(f"device={name!r} is not there: {str(e).splitlines()[0]} Use auto or cpu.") from e
-    return device
 
 
 def autocast(config: DenseConfig) -> Callable[[], AbstractContextManager[Any]]:
