@@ -6,13 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cutline import towers
 from cutline.errors import DataError
 from cutline.progress import progress
-from cutline.record import fingerprint
-from cutline.towers.store import preprocess_of
+from cutline.towers.pictures import test_transform
 
 MAX_BAD = 0.1  # share of pictures that may be unreadable before a score would mislead
 
@@ -80,20 +79,6 @@ def embed_pairs(
         raise DataError(f"{bad} of {len(source)} pictures cannot be read ({out.skipped}); run `cutline pairs check`.")
     out.image, out.text, out.owners = torch.cat(images), torch.cat(texts), torch.tensor(owners)
     return out
-
-
-def test_transform(model: towers.Model) -> Any:
-    """The tower's own test transform, PIL picture → (3, S, S) normalised: open_clip's resize and centre crop."""
-    from open_clip.transform import PreprocessCfg, image_transform_v2
-
-    return image_transform_v2(PreprocessCfg(**preprocess_of(model)), is_train=False)
-
-
-def weights_hash(model: nn.Module) -> str:
-    """Fingerprint of all weights, both towers."""
-    return fingerprint(
-        *(part for k, v in model.state_dict().items() for part in (k, v.cpu().contiguous().numpy().tobytes()))
-    )
 
 
 def _picture(row: dict[str, Any], transform: Any) -> Tensor | str:

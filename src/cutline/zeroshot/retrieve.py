@@ -18,9 +18,10 @@ from cutline import towers
 from cutline.config import Config, load
 from cutline.errors import DataError
 from cutline.record import Protocol, Result
+from cutline.towers.pictures import test_transform, weights_hash
 from cutline.train.device import device_of
 from cutline.train.recipe import Recipe
-from cutline.zeroshot.encode import embed_pairs, test_transform, weights_hash
+from cutline.zeroshot.encode import embed_pairs
 
 KS = (1, 5, 10)
 
