@@ -199,7 +199,7 @@ def test_add_column_goes_on_after_a_crash_at_any_write(tmp_path, shards, monkeyp
             table = Pairs.open(tmp_path / f"{calls}{after}.lance")
             with monkeypatch.context() as m:
                 wrap_writes(m, calls, after, (record, "write_atomic"), (lance.LanceDataset, "add_columns"),
-                            (columns, "drop_job"), (columns.ColumnJob, "done"))  # fmt: skip
+                            (columns, "drop_job"), (columns.ColumnJob, "append"))  # fmt: skip
                 try:
                     table.add_column("upper", made, columns=["alt"], batch=50, show=False)
                     break

@@ -1,19 +1,18 @@
-"""Adding a column: made piece by piece beside the table, then added to it in one commit.
+"""Adding columns: made batch by batch beside the table, then added to it in one commit.
 
-A function's results are appended, call by call, to files in `<table>/_cutline/add-NAME/`, one for each `PIECE` rows.
-After a kill the next start takes what is there (a torn last record is dropped, by its checksum) and goes on; the table
-itself changes once, at the end, with values, digest and provenance together. Another process may add another column
-meanwhile: Lance refuses the older of two commits, and the commit is made again on the newer version. Pieces do not
-depend on each other, so they can also be made in any order, by several machines.
+Results are appended, batch by batch, to files in `<table>/_cutline/add-NAME/`, one for each `PIECE` rows. A record of such
+a file names its rows, so batches may come in any order (from several machines), and a row that was made again counts as
+the last record has it. After a kill the next start takes what is there (a torn last record is dropped, by its checksum)
+and goes on; the table itself changes once, at the end, with values, digests and provenance together. Another process may
+add other columns meanwhile: Lance refuses the older of two commits, and the commit is made again on the newer version.
 """
 
-import io
 import json
 import re
 import shutil
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,35 +27,42 @@ from cutline.errors import DataError
 from cutline.pairs import content
 from cutline.pairs.ingest import table_shape
 from cutline.pairs.journal import side_folder
-from cutline.pairs.provenance import CONTENT, KEY, Provenance
+from cutline.pairs.provenance import CONTENT, FAILED, KEY, Provenance
+from cutline.pairs.report import Count
 
 if TYPE_CHECKING:
     from cutline.pairs.table import Pairs
 
-PIECE = 65_536  # rows of one piece
+PIECE = 65_536  # rows of one file
+HELD = 2**28  # bytes of a piece that are in memory at a time when columns are committed
 TRIES = 10  # commits, when other writers are quicker
-RECORD = struct.Struct("<III")  # rows, bytes, checksum; before the bytes of each record
+RECORD = struct.Struct("<II")  # bytes, checksum; before the bytes of each record
 Function = Callable[[list[dict[str, Any]]], Sequence[Any]]
+Offsets = np.ndarray[tuple[int], np.dtype[np.int64]]
+# In each record beside the values: the row's place in the Lance table; why it has no value; whether to try it again.
+BESIDE = [pa.field("_row", pa.int64()), pa.field("_failed", pa.string()), pa.field("_again", pa.bool_())]
 
 
 class ColumnJob:
-    """An unfinished column of a table.
+    """Unfinished columns of a table.
 
-    pairs: the table; with a filter, only rows that pass it are given to the function and the others are null.
-    type: an Arrow type, its name, "blob" for values stored as Lance blobs, or None for that of the first values.
+    pairs: the table; with a filter, only rows that pass it are made and the others are null. name: of the job. kinds:
+    column → an Arrow type, its name, "blob" for values stored as Lance blobs, or None for that of the first values.
+    reads: the columns the values are made of.
     """
 
     def __init__(
         self,
         pairs: "Pairs",
         name: str,
-        type: "pa.DataType | str | None",
+        kinds: "Mapping[str, pa.DataType | str | None]",
         provenance: Provenance,
-        columns: Sequence[str],
+        reads: Sequence[str],
     ) -> None:
-        self.pairs, self.name, self.provenance, self.columns = pairs, name, provenance, list(columns)
-        self.type, self.blob = type, type == "blob"
-        self.kind = parse_type(type)
+        self.pairs, self.name, self.provenance, self.reads = pairs, name, provenance, list(reads)
+        self.given = {column: str(kind) for column, kind in kinds.items()}
+        self.blobs = {column for column, kind in kinds.items() if isinstance(kind, str) and kind == "blob"}
+        self.kinds = {column: parse_type(kind) for column, kind in kinds.items()}
         self.total = int(pairs.dataset.count_rows())
         self.folder = job_folder(pairs.path, name)
 
@@ -67,7 +73,7 @@ class ColumnJob:
     def settings(self) -> dict[str, Any]:
         """What a second start must share with the first; provenance counts but for its time."""
         return {
-            "type": str(self.type), "columns": self.columns, "where": self.pairs.filter,
+            "types": self.given, "columns": self.reads, "where": self.pairs.filter,
             "rows": record.fingerprint(table_shape(self.pairs.dataset)),
             "provenance": self.provenance.model_dump(mode="json", exclude={"time"}),
         }  # fmt: skip
@@ -83,94 +89,163 @@ class ColumnJob:
                     f"an unfinished column {self.name!r} of {self.pairs.path!r} was begun with other settings "
                     f"({', '.join(differ)}). Go on with the same ones, or give restart=True to drop it."
                 )
-            if earlier["kind"]:
-                self.kind = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(earlier["kind"]))).field(0).type
+            settled = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(earlier["kinds"])))
+            self.kinds |= {field.name: field.type for field in settled}
         else:
             drop_job(self.pairs.path, self.name)  # what a kill in the midst of dropping another job has left
         self.folder.mkdir(parents=True, exist_ok=True)
         self._note()
 
     def _note(self) -> None:
-        kind = self.schema.serialize().to_pybytes().hex() if self.kind is not None else ""
-        record.write_atomic(self.folder / "job.json", json.dumps(self.settings() | {"kind": kind}).encode())
+        known = pa.schema([pa.field(c, k) for c, k in self.kinds.items() if k is not None])
+        note = self.settings() | {"kinds": known.serialize().to_pybytes().hex()}
+        record.write_atomic(self.folder / "job.json", json.dumps(note).encode())
 
     @property
     def schema(self) -> pa.Schema:
-        return pa.schema([pa.field(self.name, self.kind)])
+        """Of the records."""
+        return pa.schema([*BESIDE, *(pa.field(c, k) for c, k in self.kinds.items())])
 
-    def rows(self, piece: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
-        """The rows of a piece that the function is given, numbered as in `pairs`."""
-        start, stop = piece * PIECE, min((piece + 1) * PIECE, self.total)
+    def rows(self, piece: int) -> Offsets:
+        """The rows of a piece that are to be made, numbered as in `pairs`."""
+        start, stop = self._span(piece)
         if self.pairs.rows is None:
             return np.arange(start, stop)
         first, last = np.searchsorted(self.pairs.rows, [start, stop])
         return np.arange(first, last)
 
-    def done(self, piece: int) -> int:
-        """How many of `rows(piece)` have values on disk; a torn end of the file is cut off."""
-        path = self._path(piece)
-        if not path.exists():
-            return 0
-        rows, end = 0, 0
-        with open(path, "r+b") as f:
-            for n, data in _records(f):
-                rows, end = rows + n, end + RECORD.size + len(data)
-            f.truncate(end)
-        return rows
-
-    def run(self, piece: int, function: Function, batch: int, tick: Callable[[int], Any]) -> None:
-        """Make the values of a piece, `batch` rows a call, from where an earlier start stopped."""
+    def missing(self, piece: int) -> Offsets:
+        """Those of `rows(piece)` that have no record yet, or one that is to be tried again; cuts off a torn record."""
         rows = self.rows(piece)
-        done = self.done(piece)
-        tick(done)
-        if done == len(rows):
-            return
-        with open(self._path(piece), "ab") as f:
-            for start in range(done, len(rows), batch):
-                some = rows[start : start + batch].tolist()
-                values = to_arrow(function(self.pairs.read(some, self.columns)), len(some), self.kind, self.name)
-                if self.kind is None:
-                    self._settle(values.type)
-                data = pa.RecordBatch.from_arrays([values], schema=self.schema).serialize()
-                f.write(RECORD.pack(len(some), data.size, zlib.crc32(data)) + data.to_pybytes())
-                f.flush()
-                tick(len(some))
+        if not self._path(piece).exists():
+            return rows
+        done = np.zeros(PIECE, np.bool_)
+        with open(self._path(piece), "r+b") as f:
+            end = 0
+            for at, batch in self._records(f):
+                end = at
+                places = batch["_row"].to_numpy() - piece * PIECE
+                done[places] = ~batch["_again"].to_numpy(zero_copy_only=False)
+            f.truncate(end)
+        return rows[~done[self.pairs._index(rows) - piece * PIECE]]
 
-    def _settle(self, kind: pa.DataType) -> None:
-        """Hold the type of the first values, before any is written."""
-        if pa.types.is_null(kind):
-            raise DataError(
-                f"the first values of the column {self.name!r} are all None, so its type is not known. Give type=."
-            )
-        self.kind = kind
+    def pack(self, rows: Sequence[int], values: Mapping[str, Any], failed: Sequence[tuple[str, bool] | None]) -> bytes:
+        """A record: values of some rows (as numbered in `pairs`), and for each None or (why it has none, again?)."""
+        arrays = {c: to_arrow(values[c], len(rows), kind, c) for c, kind in self.kinds.items()}
+        if None in self.kinds.values():
+            self._settle(arrays)
+        beside = [
+            pa.array(self.pairs._index(rows)),
+            pa.array([f and f[0] for f in failed], pa.string()),
+            pa.array([bool(f and f[1]) for f in failed]),
+        ]
+        data = pa.RecordBatch.from_arrays([*beside, *arrays.values()], schema=self.schema).serialize()
+        return RECORD.pack(data.size, zlib.crc32(data)) + bytes(data)
+
+    def append(self, piece: int, packed: bytes) -> None:
+        """Put a record into the file of its piece."""
+        with open(self._path(piece), "ab") as f:
+            f.write(packed)
+
+    def _settle(self, arrays: Mapping[str, pa.Array]) -> None:
+        """Hold the types of the first values, before any is written."""
+        for column, array in arrays.items():
+            if pa.types.is_null(array.type):
+                raise DataError(
+                    f"the first values of the column {column!r} are all None, so its type is not known. Give type=."
+                )
+            self.kinds[column] = array.type
         self._note()
 
-    def values(self) -> Iterator[pa.Array]:
-        """All values, in the order of the table; null for rows outside the filter."""
+    def failures(self) -> tuple[dict[str, Count], int]:
+        """Rows without a value by reason, with keys as examples; and how many of them may be tried again."""
+        reasons: dict[str, Count] = {}
+        again = 0
         for piece in range(self.pieces):
-            with open(self._path(piece), "rb") if self._path(piece).exists() else io.BytesIO() as f:
-                arrays = [pa.ipc.read_record_batch(pa.py_buffer(d), self.schema).column(0) for _, d in _records(f)]
-            array = pa.concat_arrays(arrays) if arrays else pa.nulls(0, self.kind)
-            start, stop = piece * PIECE, min((piece + 1) * PIECE, self.total)
-            if self.pairs.rows is not None:
-                within = self.pairs.rows[self.rows(piece)] - start
-                places = np.full(stop - start, -1)
-                places[within] = np.arange(len(within))
-                array = array.take(pa.array(places, mask=places < 0))
-            assert len(array) == stop - start
-            yield array
+            last: dict[int, tuple[str, bool]] = {}
+            for _, batch in self._stored(piece):
+                rows = batch["_row"].to_pylist()
+                for row, why, more in zip(rows, batch["_failed"].to_pylist(), batch["_again"].to_pylist()):
+                    if why is not None:
+                        last[row] = (why, more)
+                    elif last:
+                        last.pop(row, None)
+            for row, (why, more) in sorted(last.items()):
+                count = reasons.setdefault(why, Count())
+                count.add(self._key(row) if len(count.examples) < 5 else "")
+                again += more
+        return reasons, again
+
+    def _key(self, offset: int) -> str:
+        return str(self.pairs.dataset.take([offset], columns=["key"])["key"][0])
+
+    def values(self) -> Iterator[dict[str, pa.Array]]:
+        """All values by column, in the order of the table; null for rows outside the filter and for failed ones.
+
+        In spans of a piece, or of less where a piece does not fit into `HELD` bytes.
+        """
+        for piece in range(self.pieces):
+            start, stop = self._span(piece)
+            ends, count = [0], 0
+            where = np.full((2, stop - start), -1)  # which record has a row's value, and at which place
+            for end, batch in self._stored(piece):
+                places = batch["_row"].to_numpy() - start
+                where[0, places], where[1, places] = len(ends) - 1, np.arange(len(places))
+                ends.append(end)
+                count += len(places)
+            step = max(256, int((stop - start) * min(1.0, HELD / max(ends[-1], 1))))
+            for first in range(0, stop - start, step):
+                yield self._between(piece, ends, where[:, first : first + step])
+
+    def _between(self, piece: int, ends: list[int], where: np.ndarray[Any, Any]) -> dict[str, pa.Array]:
+        needed = np.unique(where[0][where[0] >= 0])
+        batches = []
+        if len(needed):
+            with open(self._path(piece), "rb") as f:
+                for i in needed.tolist():
+                    f.seek(ends[i])
+                    batches.append(next(self._records(f))[1])
+        starts = np.cumsum([0, *(len(b) for b in batches)])
+        places = starts[np.searchsorted(needed, where[0])] + where[1] if len(needed) else where[1]
+        index = pa.array(places, mask=where[0] < 0)
+        table = pa.Table.from_batches(batches, self.schema)
+        return {c: _one(table[c]).take(index) if batches else pa.nulls(len(index), k) for c, k in self.kinds.items()}
 
     def commit(self) -> None:
-        """Add the column to the newest version of the table and drop the pieces."""
-        if self.kind is None:
+        """Add the columns to the newest version of the table and drop the pieces."""
+        unknown = [c for c, kind in self.kinds.items() if kind is None]
+        if unknown:
             raise DataError(
-                f"no row was given to the function of the column {self.name!r}, so its type is not known. Give type=."
+                f"no row was given to the function of the column {unknown[0]!r}, so its type is not known. Give type=."
             )
-        commit_column(self.pairs, self.name, self.kind, self.blob, self.provenance, self.values)
+        reasons, _ = self.failures()
+        fields = {c: lance.blob_field(c) if c in self.blobs else pa.field(c, k) for c, k in self.kinds.items()}
+        commit_columns(self.pairs, fields, self.provenance, self.values, reasons)
         drop_job(self.pairs.path, self.name)
+
+    def _span(self, piece: int) -> tuple[int, int]:
+        return piece * PIECE, min((piece + 1) * PIECE, self.total)
 
     def _path(self, piece: int) -> Path:
         return self.folder / f"{piece:08d}.rows"
+
+    def _stored(self, piece: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+        if self._path(piece).exists():
+            with open(self._path(piece), "rb") as f:
+                yield from self._records(f)
+
+    def _records(self, f: Any) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """(where it ends, values) of the whole records of a file, up to its end or the first torn one."""
+        while len(head := f.read(RECORD.size)) == RECORD.size:
+            size, checksum = RECORD.unpack(head)
+            data = f.read(size)
+            if len(data) < size or zlib.crc32(data) != checksum:
+                return
+            yield f.tell(), pa.ipc.read_record_batch(pa.py_buffer(data), self.schema)
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    return column.chunk(0) if column.num_chunks == 1 else pa.concat_arrays(column.chunks)
 
 
 def job_folder(table: str, name: str) -> Path:
@@ -181,52 +256,51 @@ def drop_job(table: str, name: str) -> None:
     shutil.rmtree(job_folder(table, name), ignore_errors=True)
 
 
-def _records(f: Any) -> Iterator[tuple[int, bytes]]:
-    """(rows, bytes) of the whole records of a file, up to its end or the first torn one."""
-    while len(head := f.read(RECORD.size)) == RECORD.size:
-        rows, size, checksum = RECORD.unpack(head)
-        data = f.read(size)
-        if len(data) < size or zlib.crc32(data) != checksum:
-            return
-        yield rows, data
-
-
-def commit_column(
-    pairs: "Pairs", name: str, kind: pa.DataType, blob: bool, provenance: Provenance,
-    values: Callable[[], Iterator[pa.Array]],
+def commit_columns(
+    pairs: "Pairs", fields: Mapping[str, pa.Field], provenance: Provenance,
+    values: Callable[[], Iterator[Mapping[str, pa.Array]]], failed: Mapping[str, Count] | None = None,
 ) -> None:  # fmt: skip
-    """Add a column in one commit; `values` gives its arrays and may be called again if another writer was quicker."""
-    digest = content.START
-    for array in values():
-        digest = content.chain(digest, array)
-    field = lance.blob_field(name) if blob else pa.field(name, kind)
-    field = field.with_metadata({KEY: provenance.model_dump_json(), CONTENT: digest})
+    """Add columns in one commit; `values` gives their arrays and may be called again if another writer was quicker."""
+    digests = dict.fromkeys(fields, content.START)
+    for arrays in values():
+        digests = {c: content.chain(digest, arrays[c]) for c, digest in digests.items()}
+    notes = {KEY: provenance.model_dump_json()}
+    if failed:
+        notes[FAILED] = json.dumps({reason: count.model_dump() for reason, count in failed.items()})
+    schema = pa.schema([f.with_metadata(notes | {CONTENT: digests[c]}) for c, f in fields.items()])
     shape = table_shape(pairs.dataset)
     for _ in range(TRIES):
         dataset = lance.dataset(pairs.path)
-        if name in dataset.schema.names:
-            raise exists(pairs.path, name)
+        for name in fields:
+            if name in dataset.schema.names:
+                raise exists(pairs.path, name)
         if table_shape(dataset) != shape:
             raise DataError(
-                f"the rows of {pairs.path!r} were changed by another program while the column {name!r} was made. "
-                "Open the table again and make the column anew."
+                f"the rows of {pairs.path!r} were changed by another program while the column {next(iter(fields))!r} "
+                "was made. Open the table again and make the column anew."
             )
-        schema = pa.schema([field])
-        batches = (pa.RecordBatch.from_arrays([_stored(a, blob)], schema=schema) for a in values())
+        batches = (
+            pa.RecordBatch.from_arrays(
+                [_blobs(arrays[f.name]) if _is_blob(f) else arrays[f.name] for f in schema], schema=schema
+            )
+            for arrays in values()
+        )
         try:
             dataset.add_columns(pa.RecordBatchReader.from_batches(schema, batches))
             return
         except CommitConflictError:
             continue
     raise DataError(
-        f"other writers changed {pairs.path!r} at each of {TRIES} tries to add the column {name!r}. "
+        f"other writers changed {pairs.path!r} at each of {TRIES} tries to add the column {next(iter(fields))!r}. "
         "Nothing is lost: start again when they have ended."
     )
 
 
-def _stored(values: pa.Array, blob: bool) -> pa.Array:
-    if not blob:
-        return values
+def _is_blob(field: pa.Field) -> bool:
+    return isinstance(field.type, BlobType)
+
+
+def _blobs(values: pa.Array) -> pa.Array:
     nothing = [pa.nulls(len(values), t) for t in (pa.string(), pa.uint64(), pa.uint64())]
     names = ["data", "uri", "position", "size"]
     storage = pa.StructArray.from_arrays([values, *nothing], names=names, mask=values.is_null())

@@ -10,6 +10,7 @@ from cutline.record import version
 
 KEY = "cutline:provenance"  # in the field metadata
 CONTENT = "cutline:content"  # beside it: the digest of the column's values
+FAILED = "cutline:failed"  # and the rows that have none, counted by reason
 
 
 class Provenance(Config):
