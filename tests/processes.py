@@ -1,9 +1,13 @@
 """Running things in processes of their own: two gloo ranks, the command line."""
 
 import os
+import random
+import signal
 import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 # gloo's threads may still run when a loaded machine ends the process, which then dies of it: wait for the other, and go.
@@ -44,3 +48,26 @@ def run_cutline(*args: str, cwd: Path | None = None, timeout: float = 240) -> su
         [sys.executable, "-m", "cutline.cli", *args], capture_output=True, text=True, timeout=timeout, cwd=cwd,
         env=os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "160", "CUDA_VISIBLE_DEVICES": ""},
     )  # fmt: skip
+
+
+def kill_until_done(code: str, *args: str, longest: float, kills: int, seed: int, done: Callable[[], bool]) -> int:
+    """Start `code` and kill it after a random time, up to `kills` times, then let it end.
+
+    done: whether the work was whole when the kill came. Returns the kills that hit.
+    """
+    rng, hits = random.Random(seed), 0
+    for turn in range(kills + 1):
+        child = subprocess.Popen(
+            [sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+        assert child.stdout.readline() == "go\n", child.stderr.read()
+        if turn < kills:
+            time.sleep(rng.uniform(0, longest))
+            child.send_signal(signal.SIGKILL)
+        _, error = child.communicate(timeout=60)
+        hits += child.returncode == -signal.SIGKILL
+        if child.returncode == 0 or done():
+            return hits
+        assert child.returncode == -signal.SIGKILL, error
+    raise AssertionError("it never came to its end")

@@ -1,17 +1,13 @@
 """Kill `create` and `add_column` anywhere: what is on disk opens, and a second start ends as an undisturbed one."""
 
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import lance
 import pytest
 from pairs_made import sample, write_tar
+from processes import kill_until_done
 
 from cutline.errors import DataError
 from cutline.pairs import Pairs, Provenance, create, ingest
@@ -135,29 +131,6 @@ def made(rows):
     return [r["alt"].upper() for r in rows]
 pairs.add_column("upper", made, columns=["key", "alt"], batch=4, provenance=Provenance(how="test", time=""), show=False)
 """
-
-
-def kill_until_done(code: str, *args: str, longest: float, kills: int, seed: int, done: Callable[[], bool]) -> int:
-    """Start `code` and kill it after a random time, up to `kills` times, then let it end.
-
-    done: whether the work was whole when the kill came. Returns the kills that hit.
-    """
-    rng, hits = random.Random(seed), 0
-    for turn in range(kills + 1):
-        child = subprocess.Popen(
-            [sys.executable, "-c", code, *args], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert child.stdout.readline() == "go\n", child.stderr.read()
-        if turn < kills:
-            time.sleep(rng.uniform(0, longest))
-            child.send_signal(signal.SIGKILL)
-        _, error = child.communicate(timeout=60)
-        hits += child.returncode == -signal.SIGKILL
-        if child.returncode == 0 or done():
-            return hits
-        assert child.returncode == -signal.SIGKILL, error
-    raise AssertionError("it never came to its end")
 
 
 def test_create_survives_sigkill(tmp_path, bad_shards, small_commits):

@@ -16,6 +16,7 @@ class Info:
         self.path, self.rows, self.version, self.versions = pairs.path, len(pairs), pairs.version, len(pairs.versions())
         self.fingerprint, self.finished, self.filter = pairs.fingerprint, pairs.finished, pairs.filter
         self.columns = {f.name: (_type(f.type), pairs.provenance(f.name)) for f in pairs.schema}
+        self.failed = {name: pairs.failed(name) for name in self.columns}
         self.pictures = _places(pairs)
         self.report = pairs.report
 
@@ -40,6 +41,9 @@ class Info:
         if self.report and (self.report.skipped or self.report.repaired):
             counts = {**self.report.skipped, **self.report.repaired}
             lines.append("at create: " + "; ".join(f"{reason} {c.n:,}" for reason, c in counts.items()))
+        for name, reasons in self.failed.items():
+            if reasons:
+                lines.append(f"no {name}: " + "; ".join(f"{reason} {c.n:,}" for reason, c in reasons.items()))
         return Group(*lines, table)
 
 

@@ -4,6 +4,7 @@ Rows are numbered 0 … len − 1 in the order of the table, or of the rows that
 under its reader: adding a column makes a new version, which `open` shows.
 """
 
+import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,8 @@ from cutline.pairs.columns import Function
 from cutline.pairs.info import Info
 from cutline.pairs.ingest import REPORT, SHAPE, STATE, table_shape
 from cutline.pairs.pictures import PictureReader
-from cutline.pairs.provenance import CONTENT, KEY, Provenance
-from cutline.pairs.report import IngestReport
+from cutline.pairs.provenance import CONTENT, FAILED, KEY, Provenance
+from cutline.pairs.report import Count, IngestReport
 from cutline.pairs.samples import OWN
 
 Rows = np.ndarray[tuple[int], np.dtype[np.int64]]
@@ -115,6 +116,12 @@ class Pairs:
         self.check_columns([column])
         text = (self.schema.field(column).metadata or {}).get(KEY.encode())
         return Provenance.model_validate_json(text) if text else None
+
+    def failed(self, column: str) -> dict[str, Count]:
+        """The rows that have no value in a column because it could not be made, counted by reason."""
+        self.check_columns([column])
+        text = (self.schema.field(column).metadata or {}).get(FAILED.encode())
+        return {reason: Count.model_validate(c) for reason, c in json.loads(text or b"{}").items()}
 
     def info(self) -> Info:
         """What `cutline pairs info` prints."""
