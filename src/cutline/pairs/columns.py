@@ -351,7 +351,28 @@ def to_arrow(values: Any, count: int, kind: pa.DataType | None, name: str) -> pa
             flat = pa.array(np.concatenate(vectors))
             array = pa.FixedSizeListArray.from_arrays(flat, len(vectors[0]))
             return array if kind in (None, array.type) else array.cast(kind)
+        if (width := _vector_width(kind)) and all(
+            v is None or (isinstance(v, np.ndarray) and v.shape[1:] == (width,)) for v in values
+        ):
+            return _lists_of_vectors(values, kind, width)
         return pa.array([v.tolist() if isinstance(v, np.ndarray) else v for v in values], kind)
     except (pa.ArrowException, UnicodeEncodeError, OverflowError, TypeError) as e:
         wanted = f" as {kind}" if kind is not None else ""
         raise DataError(f"the values of the column {name!r} cannot be stored{wanted}: {e}. Give type=.") from e
+
+
+def _vector_width(kind: pa.DataType | None) -> int:
+    """Of the vectors in a column of lists of them; 0 for any other column."""
+    if kind is None or not pa.types.is_list(kind) or not pa.types.is_fixed_size_list(kind.value_type):
+        return 0
+    return int(kind.value_type.list_size) if pa.types.is_primitive(kind.value_type.value_type) else 0
+
+
+def _lists_of_vectors(values: list[Any], kind: pa.DataType, width: int) -> pa.Array:
+    """Arrays (n, width) or None → a column of lists of vectors, without a Python object for each number."""
+    missing = np.array([v is None for v in values])
+    ends = np.cumsum([0, *(0 if v is None else len(v) for v in values)])
+    flat = [np.asarray(v).reshape(-1) for v in values if v is not None]
+    numbers = pa.array(np.concatenate(flat) if flat else np.empty(0, np.float16)).cast(kind.value_type.value_type)
+    offsets = pa.array(ends, pa.int32(), mask=np.append(missing, False))
+    return pa.ListArray.from_arrays(offsets, pa.FixedSizeListArray.from_arrays(numbers, width)).cast(kind)

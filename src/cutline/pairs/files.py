@@ -105,7 +105,7 @@ class TableFeed:
         self.path, self.folder = path.resolve(), (folder or path.parent).resolve()
         self.parts = [str(path)]
         self.identity: list[Any] = [str(self.path), path.stat().st_size, str(self.folder), image]
-        first = next(_rows(self.path), None)
+        first = next(rows_of(self.path), None)
         if first is None:
             raise DataError(f"the table {str(path)!r} has no rows.")
         self.columns = list(first)
@@ -130,7 +130,7 @@ class TableFeed:
             if name and name not in self.columns:
                 raise DataError(f"{str(self.path)!r} has no column {name!r}; it has {', '.join(self.columns)}.")
         many = [name == "captions" for name in wanted.fields]
-        for number, (where, rows) in enumerate(groupby(_rows(self.path, report), key=self._where(wanted))):
+        for number, (where, rows) in enumerate(groupby(rows_of(self.path, report), key=self._where(wanted))):
             group = list(rows)
             key, picture = self._picture(where, group[0], number, wanted)
             if picture is None:
@@ -180,11 +180,11 @@ class TableFeed:
 
 def names_pictures(path: Path, image: str | None) -> bool:
     """Whether a table file found in a folder tells where the pictures are (img2dataset's own parquet files do not)."""
-    first = next(_rows(path), {})
+    first = next(rows_of(path), {})
     return image in first if image else any(c in first for c in PATHS)
 
 
-def _rows(path: Path, report: IngestReport | None = None) -> Iterator[dict[str, Any]]:
+def rows_of(path: Path, report: IngestReport | None = None) -> Iterator[dict[str, Any]]:
     """Rows of a table file as dicts. Text that is not UTF-8 is repaired and counted."""
     if path.suffix == ".parquet":
         import pyarrow as pa

@@ -48,7 +48,7 @@ def open_feeds(sources: Sequence[str | Path], image: str | None = None) -> list[
     shards: list[Path] = []
     for source in map(str, sources):
         if re.search(r"\.tar(\.\w+)?$|\.tgz$", source):
-            shards += _files(source)
+            shards += matching_files(source)
             continue
         feeds += _open(source, image)
     if shards:
@@ -64,7 +64,7 @@ def _open(source: str, image: str | None) -> list[Feed]:
 
         return [HuggingFaceFeed(source.removeprefix("hf:"), image)]
     if source.endswith(TABLES):
-        return [TableFeed(path, None, image) for path in _files(source)]
+        return [TableFeed(path, None, image) for path in matching_files(source)]
     folder = Path(source)
     if folder.is_dir():
         tables = sorted(p for p in folder.iterdir() if p.suffix in TABLES and names_pictures(p, image))
@@ -79,7 +79,7 @@ def _open(source: str, image: str | None) -> list[Feed]:
     raise DataError(f"no such file or folder: {source!r}. A source is {KINDS}.")
 
 
-def _files(pattern: str) -> list[Path]:
+def matching_files(pattern: str) -> list[Path]:
     """The files a brace or glob pattern names, each existing."""
     if "://" in pattern:
         raise DataError(f"{pattern!r} is remote: `create` reads local files only. Mount or copy the shards first.")

@@ -170,7 +170,7 @@ class Pairs:
         """One dict per row, in the order asked (rows may repeat), with the columns asked for.
 
         "image" is the encoded bytes, or None where they cannot be read, with the reason under "error". Text is str,
-        list[str] or None; a fixed-size list (an embedding) is a numpy array. Raises `DataError` for an unknown column
+        list[str] or None; a fixed-size list (an embedding) is a numpy array, and so is a list of them, (n, D). Raises `DataError` for an unknown column
         and IndexError for a row that is not there.
         """
         self.check_columns(columns)
@@ -249,11 +249,17 @@ def is_blob(field: pa.Field) -> bool:
 
 
 def values(column: pa.ChunkedArray) -> list[Any]:
-    """Python values of a column; a fixed-size list of numbers becomes one numpy array per row."""
-    t = column.type
-    if pa.types.is_fixed_size_list(t) and pa.types.is_primitive(t.value_type) and not column.null_count:
-        flat = _one_chunk(column).flatten().to_numpy(zero_copy_only=False)
-        return list(flat.reshape(-1, t.list_size))
+    """Python values of a column; a vector (a fixed-size list of numbers) or a list of vectors becomes one array per row."""
+    many = pa.types.is_list(column.type)
+    vector = column.type.value_type if many else column.type
+    if pa.types.is_fixed_size_list(vector) and pa.types.is_primitive(vector.value_type):
+        array = _one_chunk(column)
+        vectors = array.flatten() if many else array.drop_null()
+        flat = vectors.flatten()
+        if len(flat) == len(vectors) * vector.list_size and not flat.null_count:  # no null inside
+            rows = flat.to_numpy(zero_copy_only=False).reshape(-1, vector.list_size)
+            there = iter(np.split(rows, np.cumsum(array.drop_null().value_lengths())[:-1]) if many else rows)
+            return [next(there) if valid else None for valid in array.is_valid().to_pylist()]
     return list(column.to_pylist())
 
 

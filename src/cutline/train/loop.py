@@ -213,6 +213,7 @@ def _stream(
         tokenizer=towers.Tokenizer(model) if texts else None,
         views={name: view for o in methods for name, view in o.views().items()},
         columns=sorted({c for o in methods for c in o.columns()}),
+        replay=data.replay,
         threads=data.threads,
         block=data.block,
         max_bad=data.max_bad,

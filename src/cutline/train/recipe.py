@@ -16,8 +16,9 @@ class DataConfig(Config):
     """What is read.
 
     pairs: a table or `scenes:n=…`; where: a filter of the table (SQL); text: columns and rule; augment: of the view
-    "image"; threads: that read and decode (None: one a core); block: rows of a block for the block shuffle of object
-    stores (None: a permutation of all rows); cache: keep pictures read once in memory (small sources only);
+    "image"; replay: prefix of the columns that `cutline reinforce` made, whose stored augmentations are then that view,
+    instead of `augment`; threads: that read and decode (None: one a core); block: rows of a block for the block shuffle
+    of object stores (None: a permutation of all rows); cache: keep pictures read once in memory (small sources only);
     max_bad: share of broken pictures above which the run stops.
     """
 
@@ -25,6 +26,7 @@ class DataConfig(Config):
     where: str | None = None
     text: TextConfig = Field(default_factory=lambda: TextConfig(columns={"alt": 1.0}))
     augment: Augment = Field(default_factory=Augment)
+    replay: str | None = None
     threads: int | None = Field(None, ge=0)
     block: int | None = Field(None, ge=1)
     cache: bool = False

@@ -55,3 +55,11 @@ def carry_out(image: Image.Image, operations: tuple[Operation, ...]) -> Image.Im
     for name, amount in operations:
         image = OPERATIONS[name][2](image, amount)
     return image
+
+
+def is_operation(operation: Operation) -> bool:
+    """Whether a stored operation is one that can be drawn, at any magnitude."""
+    name, amount = operation
+    largest, signed, _ = OPERATIONS.get(name, (-1.0, False, None))
+    most = (largest or 0.0) * (1 + 1e-6)  # stored as float32 by others
+    return (-most if signed else -1e-6) <= amount <= most

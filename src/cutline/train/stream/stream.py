@@ -5,6 +5,9 @@ augment into the batch's array, tokenise. A few batches are made ahead and hande
 depends on the order, the seed and the data alone, not on the number of threads or what was trained before, so a state
 is a few integers.
 
+With `replay` the view "image" is one of the augmentations that `cutline reinforce` has stored, and the teachers'
+embeddings of what was drawn come with it (see `replay.py`).
+
 A picture that cannot be read is replaced by another row, again a pure function, and counted by reason. When clearly
 more than `max_bad` of the pictures are broken, the stream stops with a message.
 """
@@ -21,19 +24,19 @@ from math import sqrt
 from typing import Any, TypeVar
 
 import numpy as np
-import simplejpeg
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from cutline.errors import ConfigError, DataError
 from cutline.objectives.base import Batch, Texts, View
-from cutline.pairs.decode import BadPicture, decode
-from cutline.pairs.headers import jpeg_orientation
+from cutline.pairs.decode import BadPicture
 from cutline.train.stream.order import Order, draws
+from cutline.train.stream.pictures import RowPicture, replay_view
+from cutline.train.stream.replay import DRAWN, IMAGE, TEACHERS, TEXT, Replay, Unusable
 from cutline.train.stream.source import Source, check_columns
 from cutline.train.stream.text import TextConfig, Tokenizer
-from cutline.train.stream.transforms import Augment, Normalize, decode_size
+from cutline.train.stream.transforms import Augment, Normalize
 
 Channels = tuple[float, float, float]
 Floats = NDArray[np.float32]
@@ -62,8 +65,10 @@ class Stream:
     batch: samples a step over all `world` processes; this one, `rank`, gets its equal share. block: see `Order`. size,
     mean, std: of the tower; augment: of the view "image"; views: further ones, with a crop scale of their own and
     without RandAugment. text, tokenizer: None for objectives without text. columns: table columns to collate into
-    `Batch.columns`. threads: 0 does all in the caller, None takes one per core (of this process's share). max_bad: share
-    of broken pictures at which to stop. pin: page-locked memory, for copies to a GPU beside its work.
+    `Batch.columns`. replay: the prefix of stored augmentations, of which the view "image" is then one; the teachers'
+    vectors come where `columns` asks for them (`replay.IMAGE`, `replay.TEXT`). threads: 0 does all in the caller, None
+    takes one per core (of this process's share). max_bad: share of broken pictures at which to stop. pin: page-locked
+    memory, for copies to a GPU beside its work.
 
     counts: pictures and texts given out, broken pictures (by reason, too), empty and truncated texts; examples: keys by
     reason; waited: seconds that the caller has waited for data. Raises `ConfigError` for an unknown column or a batch
@@ -73,8 +78,9 @@ class Stream:
     def __init__(
         self, source: Source, *, batch: int, size: int, mean: Channels, std: Channels, seed: int = 0,
         augment: Augment | None = None, text: TextConfig | None = None, tokenizer: Tokenizer | None = None,
-        views: Mapping[str, View] | None = None, columns: Sequence[str] = (), threads: int | None = None,
-        block: int | None = None, max_bad: float = 0.01, rank: int = 0, world: int = 1, pin: bool = False,
+        views: Mapping[str, View] | None = None, columns: Sequence[str] = (), replay: str | None = None,
+        threads: int | None = None, block: int | None = None, max_bad: float = 0.01, rank: int = 0, world: int = 1,
+        pin: bool = False,
     ) -> None:  # fmt: skip
         assert (text is None) == (tokenizer is None)
         self.source, self.text, self.tokenizer = source, text, tokenizer
@@ -86,10 +92,18 @@ class Stream:
         for name, view in (views or {}).items():
             own = augment.model_copy(update={"scale": view.scale, "operations": 0})
             self.views[name] = (own, view.size or size, view.count)
-        self.columns = list(columns)
+        asked = [c for c in columns if c in (IMAGE, TEXT)]
+        self.columns = [c for c in columns if c not in asked]
         texts = list(text.columns) if text else []
         check_columns(source, [*texts, *self.columns])
-        self.read_columns = list(dict.fromkeys(["key", "image", *texts, *self.columns]))
+        if asked and replay is None:
+            raise ConfigError(
+                "an objective asks for the embeddings of teachers, and the recipe says not where they are stored. Set "
+                "data.replay to the prefix that was given to `cutline reinforce … --as PREFIX`."
+            )
+        self.replay = None if replay is None else Replay(source, replay, text, asked)
+        more = self.replay.columns if self.replay else []
+        self.read_columns = list(dict.fromkeys(["key", "image", *texts, *self.columns, *more]))
         self.normalize = Normalize(mean, std)
         self._buffers = _Buffers(pin)
         self.step = 0
@@ -155,16 +169,18 @@ class Stream:
         for at, (row, values) in enumerate(zip(rows, read, strict=True), start):
             broken = row
             for attempt in range(ATTEMPTS + 1):
-                reason = self._picture(row, epoch, values["image"], at, out)
-                if reason is None:
+                try:
+                    drawn = self._picture(row, epoch, values, at, out)
+                    self._words(row, epoch, values, drawn, part)
                     break
-                part.broken.append((reason, str(values["key"]) + (f": {values['error']}" if "error" in values else "")))
+                except (BadPicture, Unusable) as e:
+                    detail = e.detail if isinstance(e, Unusable) else ""
+                    part.broken.append((e.reason, str(values["key"]) + (f": {detail}" if detail else "")))
                 if attempt < ATTEMPTS:
                     row = self._replacement(step, epoch, broken, attempt)
                     values = self._read([row])[0]
             else:
                 raise self._too_many(part.broken)
-            self._words(row, epoch, values, part)
         if self.text is not None and self.tokenizer is not None:
             for source, lists in part.texts.items():
                 flat = [t for texts in lists for t in texts]
@@ -175,38 +191,47 @@ class Stream:
     def _read(self, rows: list[int]) -> list[Row]:
         return self.source.read(rows, self.read_columns)
 
-    def _picture(self, row: int, epoch: int, image: Any, at: int, out: Mapping[str, Floats]) -> str | None:
-        """Write all views of a row; returns the reason if its picture is broken."""
-        if image is None:
-            return "unreadable"
-        try:
-            picture = image if isinstance(image, np.ndarray) else None
-            shape = image.shape[:2] if picture is not None else _jpeg_shape(image)
-            if shape is None:  # not a JPEG, so there is no decoding at a fraction
-                picture = decode(image)
-                shape = picture.shape[:2]
-            height, width = shape
-            plan = [
-                (name, at * count + copy, augment, augment.draw(height, width, draw), size)
-                for name, (augment, size, count) in self.views.items()
-                for draw in [draws(self.order.seed, epoch, row, name)]
-                for copy in range(count)
-            ]
-            if picture is None:
-                picture = decode(image, decode_size((how, size) for *_, how, size in plan))
-        except BadPicture as e:
-            return e.reason
-        for name, place, augment, how, size in plan:
-            self.normalize(augment.apply(picture, how, size), out[name][place])
-        return None
+    def _picture(self, row: int, epoch: int, values: Row, at: int, out: Mapping[str, Floats]) -> int:
+        """Write all views of a row; returns which of its stored augmentations was drawn (−1 without `replay`).
 
-    def _words(self, row: int, epoch: int, values: Row, part: _Part) -> None:
+        Raises `BadPicture` or `Unusable`.
+        """
+        if values["image"] is None:
+            raise Unusable("unreadable", str(values.get("error", "")))
+        picture, seed, drawn = RowPicture(values["image"]), self.order.seed, -1
+        views = self.views
+        if self.replay is not None:
+            drawn, stored = self.replay.draw(values, picture.size, draws(seed, epoch, row, "replay"))
+            size = views["image"][1]
+            self.normalize(replay_view(picture, self.replay.augment, stored, size), out["image"][at])
+            views = {name: view for name, view in views.items() if name != "image"}
+        plan = [
+            (name, at * count + copy, augment, augment.draw(*picture.size, draw), size)
+            for name, (augment, size, count) in views.items()
+            for draw in [draws(seed, epoch, row, name)]
+            for copy in range(count)
+        ]
+        if plan:
+            pixels = picture.pixels((how, size) for *_, how, size in plan)
+            for name, place, augment, how, size in plan:
+                self.normalize(augment.apply(pixels, how, size), out[name][place])
+        return drawn
+
+    def _words(self, row: int, epoch: int, values: Row, drawn: int, part: _Part) -> None:
+        """Put the rest of a row into `part`, or raise `Unusable` and leave `part` as it is."""
+        columns = {c: [values[c]] for c in self.columns}
+        picks = self.text.pick(values, draws(self.order.seed, epoch, row, "text")) if self.text else {}
+        if self.replay is not None:
+            columns[DRAWN] = [drawn]
+            if self.replay.image:
+                columns[IMAGE] = [self.replay.image_vector(values, drawn)]
+            if self.replay.text_columns:
+                columns |= {f"{TEXT}/{source}": self.replay.text_vectors(values, p) for source, p in picks.items()}
         part.keys.append(str(values["key"]))
-        for column in self.columns:
-            part.columns.setdefault(column, []).append(values[column])
-        if self.text is not None:
-            for source, texts in self.text.choose(values, draws(self.order.seed, epoch, row, "text")).items():
-                part.texts.setdefault(source, []).append(texts)
+        for column, found in columns.items():
+            part.columns.setdefault(column, []).extend(found)
+        for source, chosen in picks.items():
+            part.texts.setdefault(source, []).append([p.text for p in chosen])
 
     def _replacement(self, step: int, epoch: int, row: int, attempt: int) -> int:
         """The row tried for a broken one: pseudo-random, and not one that the step has already, if there are others."""
@@ -226,7 +251,10 @@ class Stream:
             paired = self.text.rule != "all"
             texts[source] = Texts(self._pinned(tokens), self._pinned(owners), paired, weight)
         self._count(parts)
-        columns = {c: collate([v for p in parts for v in p.columns[c]]) for c in self.columns}
+        columns = {c: collate([v for p in parts for v in p.columns[c]]) for c in parts[0].columns}
+        if self.replay is not None and self.replay.teachers:
+            columns |= {c: self._pinned(v) for c, v in columns.items() if c == IMAGE or c.startswith(f"{TEXT}/")}
+            columns[TEACHERS] = self.replay.teachers
         return Batch(coming.views, texts, columns, [k for p in parts for k in p.keys])
 
     def _pinned(self, tensor: Tensor) -> Tensor:
@@ -331,12 +359,3 @@ def collate(values: list[Any]) -> Any:
     if any(a is None or a.shape != first.shape or a.dtype.kind not in "biuf" for a in arrays):
         return values
     return torch.from_numpy(np.stack([a for a in arrays if a is not None]))
-
-
-def _jpeg_shape(data: bytes) -> tuple[int, int] | None:
-    """(height, width) of an upright JPEG without decoding it, None for anything else."""
-    try:
-        height, width, *_ = simplejpeg.decode_jpeg_header(data)
-    except ValueError:
-        return None
-    return (width, height) if jpeg_orientation(data) >= 5 else (height, width)

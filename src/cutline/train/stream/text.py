@@ -9,7 +9,7 @@ not count: the other columns stand in, and only where all are empty the text is 
 from bisect import bisect
 from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from pydantic import Field
 from torch import Tensor
@@ -33,6 +33,14 @@ class Tokenizer(Protocol):
         """How many of `texts` were cut."""
 
 
+class Pick(NamedTuple):
+    """A caption that was chosen, and its place among those of its column that count (see `captions_of`)."""
+
+    text: str
+    column: str
+    place: int
+
+
 class TextConfig(Config):
     """columns: column → weight. max_texts: the most texts of one picture under `all` (a random subset, if more)."""
 
@@ -52,19 +60,25 @@ class TextConfig(Config):
 
     def choose(self, row: Mapping[str, Any], draw: Draw) -> dict[str, list[str]]:
         """The texts of one row by source. Each list has one entry, or up to `max_texts` under `all`."""
-        texts = {column: _texts(column, row[column]) for column in self.columns}
+        return {source: [p.text for p in picks] for source, picks in self.pick(row, draw).items()}
+
+    def pick(self, row: Mapping[str, Any], draw: Draw) -> dict[str, list[Pick]]:
+        """What `choose` gives, with where each text stands in the row. "" is the first of the first column."""
+        texts = {column: captions_of(column, row[column]) for column in self.columns}
+        nothing = Pick("", next(iter(self.columns)), 0)
         if self.rule == "all":
-            every = [t for column in texts.values() for t in column] or [""]
+            every = [Pick(t, c, i) for c, found in texts.items() for i, t in enumerate(found)] or [nothing]
             while len(every) > self.max_texts:
                 every.pop(int(draw() * len(every)))
             return {"text": every}
         filled = {c: self.columns[c] for c, found in texts.items() if found}
         if self.rule == "sample":
-            return {"text": [_one(texts, filled, draw)]}
-        return {c: [_one(texts, {c: 1.0} if c in filled else filled, draw)] for c in self.columns}
+            return {"text": [_one(texts, filled, nothing, draw)]}
+        return {c: [_one(texts, {c: 1.0} if c in filled else filled, nothing, draw)] for c in self.columns}
 
 
-def _texts(column: str, value: Any) -> list[str]:
+def captions_of(column: str, value: Any) -> list[str]:
+    """The captions of a row's value that count: neither null, nor empty, nor blank. `ConfigError` for what is no text."""
     if value is None:
         return []
     texts = [value] if isinstance(value, str) else value
@@ -73,11 +87,12 @@ def _texts(column: str, value: Any) -> list[str]:
     return [t for t in texts if t and not t.isspace()]
 
 
-def _one(texts: Mapping[str, list[str]], weights: Mapping[str, float], draw: Draw) -> str:
+def _one(texts: Mapping[str, list[str]], weights: Mapping[str, float], nothing: Pick, draw: Draw) -> Pick:
     """A caption of a column chosen by weight; always two draws, so that later draws do not shift."""
     at, which = draw(), draw()
     if not weights:
-        return ""
+        return nothing
     sums = list(accumulate(weights.values()))
     column = list(weights)[min(bisect(sums, at * sums[-1]), len(sums) - 1)]
-    return texts[column][int(which * len(texts[column]))]
+    index = int(which * len(texts[column]))
+    return Pick(texts[column][index], column, index)
