@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cutline import cli_captions
 from cutline.errors import ConfigError, CutlineError
 
 app = typer.Typer(
@@ -17,6 +18,8 @@ pairs_app = typer.Typer(no_args_is_help=True, help="Make, look at, check and exp
 transfer_app = typer.Typer(no_args_is_help=True, help="Move an encoder to a dense task and score it.")
 zeroshot_app = typer.Typer(no_args_is_help=True, help="Score an image–text model without labels.")
 app.add_typer(pairs_app, name="pairs")
+app.add_typer(cli_captions.app, name="caption")
+app.command("reinforce")(cli_captions.reinforce)
 app.add_typer(transfer_app, name="transfer")
 app.add_typer(zeroshot_app, name="zeroshot")
 

@@ -97,7 +97,6 @@ def test_trimmed_captions_give_the_embeddings_and_gradients_of_untrimmed_ones(te
     [
         {"custom": True, "no_causal_mask": True},
         {"custom": True, "pool_type": "last"},
-        {"custom": True, "embed_cls": True},
         {"no_causal_mask": True},
     ],
     ids=str,

@@ -10,9 +10,9 @@ kill would lose everything.
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
@@ -22,6 +22,7 @@ from cutline.errors import ConfigError, CutlineError, DataError
 from cutline.pairs import Pairs
 from cutline.pairs.columns import ColumnJob
 
+T = TypeVar("T")
 # `Packed`, and what to tell the user instead.
 SCHEMA = pa.schema(
     [("piece", pa.int64()), ("record", pa.large_binary()), ("rows", pa.int64()), ("failed", pa.list_(pa.string())),
@@ -34,24 +35,20 @@ def on_ray(
     job: ColumnJob, work: Work, batches: Iterator[Batch], workers: int | None, gpus: float | None
 ) -> Iterator[Packed]:
     """Make `batches` on a Ray cluster; what comes is in no order. Raises `ConfigError` without Ray or its GPUs."""
-    try:
-        import ray
-        from ray.data import ActorPoolStrategy, DataContext
-    except ImportError as e:
-        raise ConfigError("--on ray needs Ray: pip install 'cutline[ray]'.") from e
+    ray = _ray()
     started = not ray.is_initialized()
     if started:
         ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
     try:
-        DataContext.get_current().enable_progress_bars = False  # the engine shows its own
+        ray.data.DataContext.get_current().enable_progress_bars = False  # the engine shows its own
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised as well
-        gpus, workers, beside = _share(ray.cluster_resources(), gpus, workers)  # type: ignore[no-untyped-call]
+        gpus, workers, beside = _share(ray.cluster_resources(), gpus, workers)
         blocks = list(iter(lambda: [b._asdict() for b in islice(batches, TASK)], []))
         if not blocks:
             return
         table = (job.pairs.path, job.pairs.filter, job.pairs.version)
         data = ray.data.from_arrow([pa.Table.from_pylist(block) for block in blocks]).map_batches(
-            _Actor, batch_size=None, batch_format="pyarrow", compute=ActorPoolStrategy(size=min(workers, len(blocks))), num_gpus=gpus or None,
+            _Actor, batch_size=None, batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(size=min(workers, len(blocks))), num_gpus=gpus or None,
             num_cpus=1, fn_constructor_args=(*table, job.name, job.reads, work, beside),
         )  # fmt: skip
         for row in data.iter_rows():
@@ -102,3 +99,29 @@ class _Actor:
         except CutlineError as e:
             made = [Packed(0, b"", 0, [], 0)._asdict() | {"error": str(e)}]
         return pa.Table.from_pylist(made, SCHEMA)
+
+
+def call_on_ray(function: Callable[..., T], *args: Any) -> T:
+    """Call a function on one machine of the cluster, with a GPU if there is one; what it prints is shown here."""
+    ray = _ray()
+    started = not ray.is_initialized()
+    if started:
+        ray.init(include_dashboard=False, configure_logging=False)
+    try:
+        gpu = min(1.0, ray.cluster_resources().get("GPU", 0.0))
+        result: T = ray.get(ray.remote(num_gpus=gpu, max_retries=0)(function).remote(*args))
+        return result
+    except ray.exceptions.RayTaskError as e:
+        raise (e.cause if isinstance(e.cause, CutlineError) else CutlineError(f"Ray stopped: {e}")) from e
+    finally:
+        if started:
+            ray.shutdown()
+
+
+def _ray() -> Any:
+    try:
+        import ray
+        import ray.data
+    except ImportError as e:
+        raise ConfigError("--on ray needs Ray: pip install 'cutline[ray]'.") from e
+    return ray

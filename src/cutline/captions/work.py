@@ -69,3 +69,8 @@ def picture_of(row: Row) -> Image.Image | Failed:
         return Image.fromarray(decode(data) if isinstance(data, bytes) else data)
     except BadPicture as e:
         return Failed(f"picture: {e.reason}")
+
+
+def texts_in(value: str | list[str | None] | None) -> list[str]:
+    """The texts of a row in a column of text or of lists."""
+    return [t for t in ([value] if isinstance(value, str) else value or []) if t]

@@ -9,10 +9,12 @@ from cutline.objectives.base import Batch, Features, Objective, ObjectiveConfig,
 
 __all__ = ["Batch", "Features", "Objective", "ObjectiveConfig", "Texts", "View", "build", "config_class", "names"]
 
+HELPERS = {"base", "chunked", "gather", "teacher"}  # files that are no methods
+
 
 def names() -> list[str]:
     """The methods there are."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in {"base", "gather"})
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.name not in HELPERS)
 
 
 def config_class(name: str) -> type[ObjectiveConfig]:

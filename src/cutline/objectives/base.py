@@ -78,20 +78,30 @@ class Batch:
 class Features:
     """Embeddings of one batch, each computed once, when the first objective asks for it.
 
-    image(view) and text(source) are L2-normalised and joint, (B, D) and (M, D).
+    image(view) and text(source) are L2-normalised and joint, (B, D) and (M, D). For a model with a decoder (CoCa),
+    image_tokens(view) and text_tokens(source) are what it reads, (B, N, W) and (M, T, W), from the same pass.
     """
 
     # Objectives compare samples only through this class: whoever computes features otherwise replaces it alone.
 
     def __init__(self, model: Any, batch: Batch) -> None:
         self.model, self.batch = model, batch
+        self.gives_tokens = bool(getattr(model, "gives_tokens", False))
         self._cache: dict[tuple[str, str], Tensor] = {}
 
     def image(self, view: str = "image") -> Tensor:
         key = ("image", view)
         if key not in self._cache:
-            self._cache[key] = self.model.encode_image(self.batch.views[view], normalize=True)
+            pictures = self.batch.views[view]
+            if self.gives_tokens:
+                self._cache[key], self._cache["image tokens", view] = self.model.image_and_tokens(pictures)
+            else:
+                self._cache[key] = self.model.encode_image(pictures, normalize=True)
         return self._cache[key]
+
+    def image_tokens(self, view: str = "image") -> Tensor:
+        self.image(view)
+        return self._cache["image tokens", view]
 
     def text(self, source: str = "text") -> Tensor:
         if ("text", source) not in self._cache:
@@ -99,10 +109,20 @@ class Features:
             sources = list(self.batch.texts)
             width = max(self.batch.texts[s].tokens.shape[1] for s in sources)
             tokens = [nn.functional.pad(t.tokens, (0, width - t.tokens.shape[1])) for t in self.batch.texts.values()]
-            embedded = self.model.encode_text(torch.cat(tokens), normalize=True)
-            for s, part in zip(sources, embedded.split([len(t) for t in tokens]), strict=True):
-                self._cache[("text", s)] = part
-        return self._cache[("text", source)]
+            counts = [len(t) for t in tokens]
+            if self.gives_tokens:
+                embedded, each = self.model.text_and_tokens(torch.cat(tokens))
+                for s, part in zip(sources, each.split(counts), strict=True):
+                    self._cache["text tokens", s] = part[:, : self.batch.texts[s].tokens.shape[1]]
+            else:
+                embedded = self.model.encode_text(torch.cat(tokens), normalize=True)
+            for s, part in zip(sources, embedded.split(counts), strict=True):
+                self._cache["text", s] = part
+        return self._cache["text", source]
+
+    def text_tokens(self, source: str = "text") -> Tensor:
+        self.text(source)
+        return self._cache["text tokens", source]
 
     def logit_scale(self) -> Tensor:
         """exp of the learned log scale, a scalar."""

@@ -8,35 +8,62 @@ cross-entropy against them, so that a picture with many captions weighs no more 
 of the same picture is never a negative (GBC, 2407.06723, multi-positive). With rule `sum` there is one such loss per
 caption column, times the column's weight (MobileCLIP, 2311.17049, section 3: a sum, not an average).
 
+With `weights`, each picture's two cross-entropies are multiplied by its value in a column of the table before the
+mean, which still divides by the number of pictures (ALIP, 2308.08428, whose w_sample · w_pair for either text are
+written by `cutline caption select --rule alip`; its loss is the rule `sum` over both).
+
 Each process compares its own rows with the gathered columns; the mean over processes is the loss of the joined batch.
+With `chunk` the logits are made that many rows at a time (see `chunked`), and memory is linear in the batch.
 """
+
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor
 
+from cutline.errors import ConfigError
 from cutline.objectives import base
-from cutline.objectives.gather import gather, gather_plain, world
+from cutline.objectives.chunked import chunked
+from cutline.objectives.gather import gather, pair, world
 
 
 class Config(base.ObjectiveConfig):
-    """Nothing but the weight."""
+    """weights: text source → the column with its weight for each picture. A source is a caption column under the rule
+    `sum`, and "text" under `sample` and `all`. Rows without a weight count 1. chunk: rows compared at a time (None: all)."""
+
+    weights: dict[str, str] = Field(default_factory=dict)
+    chunk: int | None = Field(None, ge=1)
 
 
 class Objective(base.Objective):
+    config: Config
+
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(self.config.weights.values()))
+
     def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
         """One term per text source; `accuracy` (share of pictures whose own text is the best of the batch) is logged."""
         image, scale = features.image(), features.logit_scale()
+        unknown = self.config.weights.keys() - batch.texts.keys()
+        if unknown:
+            raise ConfigError(
+                f"objectives.contrastive.weights names {min(unknown)!r}, and the text sources are "
+                f"{', '.join(batch.texts)}: with data.text.rule sum they are the columns, else there is one, text."
+            )
         terms = {}
         for source, texts in batch.texts.items():
-            text = features.text(source)
+            text, column = features.text(source), self.config.weights.get(source)
+            weight = None if column is None else weights(batch.columns[column], column, image.device)
             # bf16 would round logits near 100 to halves; the product is a small part of a step.
             with torch.autocast(image.device.type, enabled=False):
-                pair = (widen(image), widen(text))
+                features_of = (widen(image), widen(text))
                 if texts.paired:
-                    loss, hits = paired_loss(*pair, scale)
+                    loss, hits = paired_loss(*features_of, scale, weight, self.config.chunk)
                 else:
-                    loss, hits = multi_positive_loss(*pair, texts.owners, scale)
+                    loss, hits = multi_positive_loss(*features_of, texts.owners, scale, weight, self.config.chunk)
             terms[source] = texts.weight * loss
             self.logged[f"accuracy/{source}"] = hits.detach()
         return terms
@@ -47,49 +74,85 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def paired_loss(image: Tensor, text: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """InfoNCE for rows that pair up: image, text (b, D) of this process → (loss, top-1 accuracy image → text)."""
-    rank, _ = world()
-    labels = torch.arange(len(image), device=image.device) + rank * len(image)
-    by_image = scale * image @ gather(text).T  # (b, B)
-    by_text = scale * text @ gather(image).T
-    loss = (F.cross_entropy(by_image, labels) + F.cross_entropy(by_text, labels)) / 2
-    return loss, (by_image.argmax(1) == labels).float().mean()
+def weights(values: Any, column: str, device: torch.device) -> Tensor:
+    """A collated column as weights (b,): what is null counts 1. Raises `ConfigError` for anything but numbers ≥ 0."""
+    wrong = ConfigError(f"the column {column!r} cannot weigh pictures: weights are one number a row, 0 or more.")
+    if not isinstance(values, Tensor):
+        numbers = [1.0 if v is None else v for v in values]
+        if not all(isinstance(v, int | float) for v in numbers):
+            raise wrong
+        values = torch.tensor(numbers)
+    weight: Tensor = values.to(device)
+    if weight.dim() != 1 or not (torch.isfinite(weight) & (weight >= 0)).all():
+        raise wrong
+    return weight
 
 
-def multi_positive_loss(image: Tensor, text: Tensor, owners: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def paired_loss(
+    image: Tensor, text: Tensor, scale: Tensor, weight: Tensor | None = None, chunk: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """InfoNCE for rows that pair up: image, text (b, D) of this process → (loss, top-1 accuracy image → text).
+
+    weight (b,): of each row's two terms (None: 1); chunk: as in `Config`.
+    """
+    b = len(image)
+    labels = torch.arange(b, device=image.device) + world()[0] * b
+    share = torch.full_like(image[:, 0], 1 / b) if weight is None else weight.to(image.dtype) / b
+    by_image, hits = chunked(partial(_cross_entropy, True), chunk, (image, labels, share), (gather(text), scale))
+    by_text, _ = chunked(partial(_cross_entropy, False), chunk, (text, labels, share), (gather(image), scale))
+    return (by_image + by_text) / 2, hits / b
+
+
+def multi_positive_loss(
+    image: Tensor,
+    text: Tensor,
+    owners: Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
     """InfoNCE with several texts a picture: image (b, D), text (m, D), owners (m,) → (loss, top-1 accuracy).
 
-    A picture without a text counts in the negatives of the texts only. Processes may hold different m: the texts are
-    padded to the largest before they are gathered, and the padding is masked out.
+    A picture without a text counts in the negatives of the texts only. Processes may hold different m.
+    weight (b,): of each picture's terms and of its texts' (None: 1); chunk: as in `Config`.
     """
-    rank, size = world()
-    b, m = len(image), len(text)
-    most = m
-    if size > 1:
-        count = torch.tensor([m], device=image.device)
-        torch.distributed.all_reduce(count, op=torch.distributed.ReduceOp.MAX)
-        most = int(count)
-    all_text = gather(F.pad(text, (0, 0, 0, most - m)))  # (M, D)
-    all_owners = gather_plain(F.pad(owners + rank * b, (0, most - m), value=-1))  # (M,), −1: padding
+    (rank, size), b = world(), len(image)
+    pairing = pair(owners, b, paired=False)
     rows = torch.arange(b, device=image.device) + rank * b
-    positive = all_owners[None, :] == rows[:, None]  # (b, M)
-    by_image = (scale * image @ all_text.T).masked_fill(all_owners[None, :] < 0, float("-inf"))
+    told = pairing.texts > 0
+    # Shares are of the joined batch, times the processes: the mean over processes is then exact.
+    of_image = (told[rows].double() / told.sum()).to(image.dtype) * size
+    of_text = pairing.share[pairing.own].to(image.dtype) * size
+    if weight is not None:
+        weight = weight.to(image.dtype)
+        of_image, of_text = of_image * weight, of_text * weight[owners]
+    columns = (pairing.gather(text), pairing.owners, scale)
+    by_image, hits = chunked(_positives, chunk, (image, rows, of_image), columns)
+    labels = owners + rank * b
+    by_text, _ = chunked(partial(_cross_entropy, False), chunk, (text, labels, of_text), (gather(image), scale))
+    return (by_image + by_text) / 2, hits / b
+
+
+def _cross_entropy(
+    count: bool, query: Tensor, labels: Tensor, share: Tensor, keys: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows of share · cross-entropy against all keys, and how many rows find their label, if `count`."""
+    logits = scale * query @ keys.T
+    loss = share @ F.cross_entropy(logits, labels, reduction="none")
+    return loss, (logits.detach().argmax(1) == labels).sum() if count else labels.new_zeros(())
+
+
+def _positives(
+    image: Tensor, rows: Tensor, share: Tensor, text: Tensor, owners: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Sum over pictures of share · mean cross-entropy of their texts, and how many pictures find one of them."""
+    positive = owners[None, :] == rows[:, None]  # (chunk, M)
+    by_image = scale * image @ text.T
     # A positive competes with the negatives, not with its siblings: log(e^s + Σ negatives e^s) − s.
     negatives = by_image.masked_fill(positive, float("-inf")).logsumexp(1, keepdim=True)
     each = torch.logaddexp(by_image, negatives) - by_image
-    count_of = positive.sum(1)
-    per_image = torch.where(positive, each, 0.0).sum(1) / count_of.clamp(min=1)
-    has_text = count_of > 0
-    # Sums over this process, divided by global counts times the world size: the mean over processes is then exact.
-    image_loss = per_image.sum() * size / _total(has_text.sum())
-    by_text = scale * text @ gather(image).T  # (m, B)
-    each_text = F.cross_entropy(by_text, owners + rank * b, reduction="none")
-    share = 1.0 / count_of.clamp(min=1).to(each_text.dtype)[owners]  # a picture's captions together weigh one
-    text_loss = (each_text * share).sum() * size / _total(has_text.sum())
-    best = by_image.argmax(1)
-    hits = positive.gather(1, best[:, None]).squeeze(1).float().mean()
-    return (image_loss + text_loss) / 2, hits
+    per_image = torch.where(positive, each, 0.0).sum(1) / positive.sum(1).clamp(min=1)
+    return share @ per_image, positive.gather(1, by_image.detach().argmax(1, keepdim=True)).sum()
 
 
 def _total(n: Tensor) -> Tensor:

@@ -1,7 +1,10 @@
 """Features of all processes, with gradients, so that a loss per process averages to the loss of the joined batch."""
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -32,3 +35,48 @@ def gather_plain(x: Tensor) -> Tensor:
     parts = [torch.empty_like(x) for _ in range(world()[1])]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts)
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """Which picture each text belongs to, over all processes, which may hold different numbers of texts.
+
+    owners (M,): rows of the joined batch; texts (B,): how many each of its pictures has; counts: texts of each process;
+    own: the place of this process's among the M.
+    """
+
+    owners: Tensor
+    texts: Tensor
+    counts: list[int]
+    own: slice
+
+    @property
+    def share(self) -> Tensor:
+        """(M,) float64: weights that sum to 1; pictures that have texts count the same, their texts share it equally."""
+        return 1 / (self.texts[self.owners] * (self.texts > 0).sum()).double()
+
+    def gather(self, x: Tensor) -> Tensor:
+        """(m, …) of this process's texts → (M, …); with gradients if `x` has them."""
+        return gather_uneven(x, self.counts)
+
+
+def pair(owners: Tensor, pictures: int, paired: bool) -> Pairing:
+    """The pairing of the joined batch, from this process's `owners` (m,) among its `pictures`; paired as in `Texts`."""
+    rank, size = world()
+    counts = [len(owners)] * size
+    if size > 1 and not paired:
+        counts = gather_plain(torch.tensor([len(owners)], device=owners.device)).tolist()
+    joined = gather_uneven(owners + rank * pictures, counts)
+    texts = torch.zeros(size * pictures, dtype=torch.long, device=owners.device)
+    texts = texts.scatter_add(0, joined, torch.ones_like(joined))
+    return Pairing(joined, texts, counts, slice(sum(counts[:rank]), sum(counts[: rank + 1])))
+
+
+def gather_uneven(x: Tensor, counts: list[int]) -> Tensor:
+    """Concatenate `x` (counts[rank], …) of every process in rank order; with gradients if `x` has them."""
+    if world()[1] == 1:
+        return x
+    most = max(counts)
+    padded = F.pad(x, (0, 0) * (x.dim() - 1) + (0, most - len(x)))
+    parts = torch.split((gather if x.requires_grad else gather_plain)(padded), most)
+    return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])

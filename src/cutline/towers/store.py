@@ -268,6 +268,8 @@ def _shorten_context(model: Model, context: int) -> None:
     tower: Any = model if isinstance(model, ClipModel) else getattr(model, "text", None)
     if not model.trimmable:
         raise ConfigError(f"context_length={context} would change this text tower's embeddings: it attends to padding.")
+    if isinstance(model, CoCaModel):
+        raise ConfigError(f"context_length={context}: the context of a trained CoCa cannot be cut. Leave it out.")
     tower.positional_embedding = nn.Parameter(tower.positional_embedding.detach()[:context].clone())
     tower.attn_mask = tower.attn_mask[:context, :context].clone()
     tower.num_pos = tower.context_length = context

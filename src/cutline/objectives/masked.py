@@ -1,0 +1,81 @@
+"""Masked patch prediction of iBOT (Zhou et al., 2111.07832, its L_MIM) as TIPS (2410.16512, section 3.2) trains it.
+
+    L = −mean over patches i of  Σ_k softmax((z_t(i) − c) / τ_t)_k log softmax(z_s(i) / τ_s)_k
+
+The EMA teacher sees the whole picture, the student the same one with most of its patches replaced by a learned token,
+and says at every replaced patch what the teacher says there. z are the logits of a patch's features after the tower's
+last norm. Patches are drawn at random, the same number in each picture (TIPS: 75 %; iBOT's block masks are left out).
+
+`all_patches` is iBOT++ of TIPSv2 (2604.12012): the mean runs over the patches that the student sees, too. (TIPSv2's
+EMA of the head alone, with the student's tower for a teacher, is left out.) Teacher, head and centre are those of
+`teacher`. iBOT's term on the class token between crops is `silc`; TIPS is `contrastive` 1 + `silc` 1 + `masked` 2, and in
+such a recipe one teacher tower serves both.
+
+Only a plain transformer can be shown a token in place of a patch, and of those this knows open_clip's own.
+
+Shapes: B pictures, N patches, C width of the tower.
+"""
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from cutline.errors import ConfigError
+from cutline.objectives import base, teacher
+from cutline.towers.model import Model
+from cutline.towers.vit import NativeViT
+
+
+class Config(teacher.Config):
+    """ratio: share of a picture's patches that the student does not see. all_patches: see above."""
+
+    ratio: float = Field(0.75, gt=0, lt=1)
+    all_patches: bool = False
+
+
+class Objective(teacher.SelfDistillation):
+    config: Config
+
+    def __init__(self, config: Config, model: Model) -> None:
+        super().__init__(config, model)
+        encoder = self.student
+        if not isinstance(encoder, NativeViT):
+            raise ConfigError(
+                f"objectives.masked shows the tower a token in place of patches, which only open_clip's own vision "
+                f"transformers take, and {encoder.name} has another: train ViT-B-16 or a preset such as vit-tiny-64, or "
+                f"take objectives.silc, which works with every tower."
+            )
+        height, width = encoder.visual.grid_size
+        self.patches = height * width
+        self.masked = min(max(round(config.ratio * self.patches), 1), self.patches - 1)
+        if not self.masked:
+            raise ConfigError(f"objectives.masked: {encoder.name} makes one patch of a picture, so none can be masked.")
+        self.prototypes = teacher.Prototypes(encoder.channels[-1], config)
+        self.token = nn.Parameter(nn.init.normal_(torch.empty(encoder.channels[-1]), std=0.02))
+
+    def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
+        images = batch.views["image"]
+        target = self.tower(images)[1]
+        assert target is not None  # of a NativeViT
+        hidden = random_patches(len(images), self.patches, self.masked, images.device)
+        said = self.fill(images, hidden)
+        if not self.config.all_patches:
+            target, said = (x.gather(1, hidden[..., None].expand(-1, -1, x.shape[2])) for x in (target, said))
+        return {"patches": self.distil(target.flatten(0, 1)[:, None], said.flatten(0, 1)[:, None])}
+
+    def fill(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """The student's patch features (B, N, C) where the patches `hidden` (B, n) are replaced by the token."""
+        encoder = self.student
+        assert isinstance(encoder, NativeViT)
+        visual = encoder.visual
+        x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, N, C)
+        mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, hidden, True)
+        x = torch.where(mask[..., None], self.token.to(x.dtype), x)
+        x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = visual.ln_pre(x + visual.positional_embedding.to(x.dtype))
+        return teacher.patches(encoder, visual.transformer(x))
+
+
+def random_patches(pictures: int, patches: int, hidden: int, device: torch.device) -> Tensor:
+    """Which patches are masked: (pictures, hidden) different ones for each, from torch's generator of the device."""
+    return torch.rand(pictures, patches, device=device).argsort(1)[:, :hidden]

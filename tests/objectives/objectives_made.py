@@ -1,0 +1,86 @@
+"""Small recipes and towers for the objectives' tests, and one step on a part of a batch."""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cutline import objectives
+from cutline.objectives.base import Batch, Features, Texts
+
+
+def recipe(text: dict[str, Any] | None = None, **methods: Any) -> dict[str, Any]:
+    """Values of a `Recipe`: 24 steps of 8 scenes with towers of one layer, about a second."""
+    return {
+        "name": "test",
+        "data": {"pairs": "scenes:n=64,size=48,seed=1", "cache": True, "threads": 1,
+                 "text": text or {"columns": {"captions": 1}}},
+        "towers": {
+            "custom": {
+                "embed_dim": 16,
+                "vision_cfg": {"image_size": 48, "patch_size": 16, "width": 32, "layers": 1, "head_width": 16},
+                "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "layers": 1, "heads": 1},
+            }
+        },
+        "objectives": methods,
+        "train": {"batch": 8, "samples": 192, "warmup": 2, "log_every": 1, "lr": 3e-3},
+    }  # fmt: skip
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+class Linears(nn.Module):
+    """A model of one matrix a modality, float64, whose pictures and texts are vectors of 6 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.visual, self.words = (nn.Linear(6, 6, bias=False, dtype=torch.float64) for _ in range(2))
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10.0), dtype=torch.float64))
+        self.logit_bias = nn.Parameter(torch.tensor(-9.0, dtype=torch.float64))
+        self.model_cfg = {"embed_dim": 6}
+
+    def encode_image(self, x: Tensor, normalize: bool) -> Tensor:
+        return F.normalize(self.visual(x), dim=1)
+
+    def encode_text(self, x: Tensor, normalize: bool) -> Tensor:
+        return F.normalize(self.words(x), dim=1)
+
+
+OWNERS = {"paired": [0, 1, 2, 3], "many": [0, 0, 0, 1, 2, 3, 3]}  # texts of four pictures
+
+
+def batch_of(kind: str, first: int = 0, last: int = 4) -> Batch:
+    """Pictures first … last − 1 of four random ones, their texts, and what teachers of 4 and 3 numbers say of them."""
+    draw = torch.Generator().manual_seed(1)
+    image, said = (torch.randn(4, d, generator=draw, dtype=torch.float64) for d in (6, 7))
+    text, told = (torch.randn(7, d, generator=draw, dtype=torch.float64) for d in (6, 7))
+    weights = torch.rand(4, generator=draw, dtype=torch.float64)
+    owners = torch.tensor(OWNERS[kind])
+    own = ((owners >= first) & (owners < last)).nonzero().flatten()
+    columns = {
+        "teacher/image": said[first:last],
+        "teacher/text/text": told[own],
+        "teachers": [SimpleNamespace(width=4, logit_scale=8.0), SimpleNamespace(width=3, logit_scale=12.0)],
+        "weight": weights[first:last],
+    }
+    texts = Texts(text[own], owners[own] - first, kind == "paired")
+    return Batch({"image": image[first:last]}, {"text": texts}, columns)
+
+
+def step(name: str, config: dict[str, Any], batch: Batch) -> tuple[Tensor, dict[str, nn.Parameter]]:
+    """The loss of an objective of model and heads that are always the same, and all parameters with their gradients."""
+    torch.manual_seed(0)
+    model = Linears()
+    objective = objectives.build(name, objectives.config_class(name)(**config), model).double()
+    loss = torch.stack(list(objective(batch, Features(model, batch)).values())).sum()
+    loss.backward()
+    named = [*model.named_parameters(prefix="model"), *objective.named_parameters(prefix="objective")]
+    return loss.detach(), {k: p for k, p in named if p.grad is not None}
