@@ -11,7 +11,7 @@ import typer
 
 from cutline.errors import ConfigError
 
-app = typer.Typer(no_args_is_help=True, help="Better captions: write, fuse, score, select, import.")
+app = typer.Typer(no_args_is_help=True, help="Better captions: train a captioner, write, fuse, score, select, import.")
 
 Table = Annotated[Path, typer.Argument(help="A table of pairs.")]
 As = Annotated[str, typer.Option("--as", help="Name of the new column (of several: what their names begin with).")]
@@ -54,6 +54,52 @@ def over_rows(batch: int) -> Callable[[Callable[..., None]], Callable[..., None]
         return wrapped
 
     return wrap
+
+
+@app.command()
+def train(
+    pairs: Table,
+    source: Annotated[
+        str, typer.Option("--from", help="Column with the good captions; rows without one are left out.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the captioner.")],
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    on: Annotated[
+        str, typer.Option(help="local, or ray: on a machine of the cluster, with a GPU if there is one.")
+    ] = "local",
+) -> None:
+    """Train a captioner on the rows that have a good caption."""
+    from cutline.captions.captioner import CaptionerConfig
+    from cutline.config import load
+
+    given = (str(pairs.resolve()), source, out.resolve(), load(CaptionerConfig, None, list(overrides or [])), resume)
+    if on == "ray":
+        from cutline.captions.cluster import call_on_ray
+
+        result = call_on_ray(_train, *given)
+    elif on == "local":
+        result = _train(*given)
+    else:
+        raise ConfigError(f"--on {on!r} is neither local nor ray.")
+    _scores(result)
+    _done(out, f"cutline caption write {pairs} --with {out} --as caption_ours")
+
+
+def _train(pairs: str, source: str, out: Path, config: Any, resume: bool) -> Any:
+    from cutline.captions.captioner import train_captioner
+    from cutline.pairs import Pairs
+
+    return train_captioner(Pairs.open(pairs), source, out, config, resume)
+
+
+def _scores(result: Any) -> None:
+    from rich.table import Table
+
+    table = Table("held-out captions", "value")
+    for name, value in result.metrics.items():
+        table.add_row(name, f"{value:,.4g}")
+    _print(table)
 
 
 @app.command()

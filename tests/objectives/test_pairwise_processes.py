@@ -5,8 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from objectives_made import OWNERS, batch_of, step
+from objectives_made import OWNERS, batch_of, recipe, rows_of, step
 from processes import LEAVE, on_two_processes
+
+from cutline.config import dump
+from cutline.train import loop
+from cutline.train.recipe import Recipe
 
 METHODS = {
     "contrastive": {"chunk": 1, "weights": {"text": "weight"}},
@@ -21,7 +25,7 @@ TWO = (
     + """
 import json, sys, torch, torch.distributed as dist
 sys.path += sys.argv[2:]
-from objectives_made import OWNERS, batch_of, step
+from objectives_made import OWNERS, batch_of, recipe, rows_of, step
 from cutline.objectives.sigmoid import sigmoid_loss
 from test_pairwise_processes import METHODS
 dist.init_process_group("gloo")
@@ -82,3 +86,54 @@ def test_two_processes_equal_one_on_the_joined_batch(ranks, method, kind):
 def test_each_process_has_the_sigmoid_loss_of_the_reference_values(ranks):
     assert [r[1] for r in ranks] == pytest.approx([6.4223323492, 8.2677675248], abs=1e-9)
     assert sum(r[1] for r in ranks) / 2 == pytest.approx(7.3450499370, abs=1e-9)
+
+
+def plan() -> Recipe:
+    sizes = {"prototypes": 16, "hidden": 16, "bottleneck": 8}
+    values = recipe({"columns": {"alt": 1, "captions": 1}, "rule": "all"}, sigmoid={"chunk": 3}, nclip=sizes)
+    values["train"] |= {"samples": 64, "save_every": 3, "lr": 1e-3}
+    return Recipe.model_validate(values)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run of 8 steps on one process."""
+    return loop.train(plan(), tmp_path_factory.mktemp("whole") / "run", show=False)
+
+
+def test_a_run_resumes_exactly_with_bias_and_heads(whole, tmp_path, monkeypatch):
+    """Stopped after step 5, two steps past the checkpoint."""
+    real = loop.train_step
+
+    def stop_at_5(run, batch):
+        if run.step == 5:
+            raise KeyboardInterrupt
+        return real(run, batch)
+
+    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):  # noqa: PT012
+        stopped.setattr(loop, "train_step", stop_at_5)
+        loop.train(plan(), tmp_path / "run", show=False)
+    loop.train(plan(), tmp_path / "run", resume=True, show=False)
+    assert [r["loss"] for r in rows_of(tmp_path / "run")] == [r["loss"] for r in rows_of(whole)]
+    ends = [loop.prepare(plan(), run, resume=True).trainee.state_dict() for run in (whole, tmp_path / "run")]
+    assert "model.logit_bias" in ends[0]
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+TRAIN = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from cutline.config import load
+from cutline.train.recipe import Recipe
+from cutline.train.loop import train
+train(load(Recipe, sys.argv[1]), Path(sys.argv[2]), show=False)
+"""
+
+
+def test_two_processes_train_like_one(whole, tmp_path):
+    (tmp_path / "r.yaml").write_text(dump(plan()))
+    on_two_processes(TRAIN, str(tmp_path / "r.yaml"), str(tmp_path / "two"), folder=tmp_path)
+    for one, two in zip(rows_of(whole), rows_of(tmp_path / "two"), strict=True):
+        for name in ("loss", "sigmoid/text", "sigmoid/bias", "nclip/cross/text", "nclip/entropy/mean/text"):
+            assert two[name] == pytest.approx(one[name], abs=1e-3)

@@ -8,7 +8,7 @@ several captions belong to one picture).
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -137,7 +137,7 @@ class Objective(nn.Module):
     by `config.weight` and averages over processes. What is only to be logged goes into `self.logged`.
     """
 
-    needs_text: ClassVar[bool] = True
+    needs_text: bool = True  # whether the stream is to give texts
 
     def __init__(self, config: ObjectiveConfig, model: nn.Module) -> None:
         super().__init__()

@@ -65,10 +65,11 @@ class Objective(base.Objective):
 
 def start(model: Model, scale: float, bias: float) -> None:
     """Give `model` a logit bias if it has none, and set scale and bias unless both were trained."""
-    config, at = model.model_cfg, float(model.logit_scale.detach())
+    config = model.model_cfg
     if model.logit_bias is not None:
-        unmoved = math.isclose(float(model.logit_bias.detach()), config.get("init_logit_bias", 0.0), rel_tol=1e-6)
-        if not (unmoved and math.isclose(at, config.get("init_logit_scale", CLIP_SCALE), rel_tol=1e-6)):
+        first = {"scale": config.get("init_logit_scale", CLIP_SCALE), "bias": config.get("init_logit_bias", 0.0)}
+        now = {"scale": float(model.logit_scale.detach()), "bias": float(model.logit_bias.detach())}
+        if any(not math.isclose(now[k], first[k], rel_tol=1e-6) for k in first):
             return
     with torch.no_grad():
         model.logit_scale.fill_(math.log(scale))

@@ -4,17 +4,15 @@
 directory holds `recipe.yaml` (resolved), `metrics.jsonl`, TensorBoard events, `checkpoints/` and `model/`.
 """
 
-import json
 import math
 import os
-import resource
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -30,6 +28,7 @@ from cutline.progress import progress
 from cutline.record import write_atomic
 from cutline.train import checkpoint
 from cutline.train.device import device_of
+from cutline.train.metrics import Metrics, cut_metrics
 from cutline.train.optim import param_groups, schedule, set_lr
 from cutline.train.recipe import DataConfig, Recipe
 from cutline.train.stream import Cached, Source, Stream, open_source
@@ -93,6 +92,10 @@ class Run:
             state["average"] = self.average.state_dict()
         return state
 
+    def final(self) -> towers.Model:
+        """The model as it would be kept now: the weights' average, if there is one."""
+        return self.trainee.model if self.average is None else cast(towers.Model, self.average.module)
+
     def resume(self, path: Path) -> None:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
@@ -110,7 +113,19 @@ class Run:
         checkpoint.set_rng_state(state["rng"])
 
 
-def train(recipe: Recipe, out: Path, resume: bool = False, source: Source | None = None, show: bool = True) -> Path:
+class Watch(Protocol):
+    """Looks at a run at every checkpoint. kept: the folder of the model to keep, which becomes the run's `model/`."""
+
+    kept: Path
+
+    def __call__(self, run: Run) -> bool:
+        """Whether to stop here. May be called twice at one step: before a kill, and after the resume."""
+
+
+def train(
+    recipe: Recipe, out: Path, resume: bool = False, source: Source | None = None, show: bool = True,
+    watch: Watch | None = None,
+) -> Path:  # fmt: skip
     """Train `recipe` into the run directory `out`; returns `out`.
 
     resume: go on from the newest checkpoint in `out` (to the bit on one process), or start if there is none. source:
@@ -122,10 +137,13 @@ def train(recipe: Recipe, out: Path, resume: bool = False, source: Source | None
         run = prepare(recipe, out, resume, source)
         batch, shown = recipe.train.batch, show and world()[0] == 0
         with progress(recipe.name, run.steps * batch, "images", shown, done=run.step * batch) as tick:
-            _loop(run, tick)
+            _loop(run, tick, watch)
         if world()[0] == 0:
-            model = run.trainee.model if run.average is None else cast(towers.Model, run.average.module)
-            towers.save(model, out / ".model")
+            if watch is None:
+                towers.save(run.final(), out / ".model")
+            else:
+                shutil.rmtree(out / ".model", ignore_errors=True)
+                shutil.copytree(watch.kept, out / ".model")
             shutil.rmtree(out / "model", ignore_errors=True)
             os.replace(out / ".model", out / "model")  # there is a model when, and only when, the run is finished
     return out
@@ -182,7 +200,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool, source: Source | None = Non
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         write_atomic(out / "recipe.yaml", dump(recipe).encode())
-        _cut_metrics(out / "metrics.jsonl", run.step)
+        cut_metrics(out / "metrics.jsonl", run.step)
     return run
 
 
@@ -223,12 +241,13 @@ def _stream(
     )
 
 
-def _loop(run: Run, tick: Any) -> None:
+def _loop(run: Run, tick: Any, watch: Watch | None = None) -> None:
     config = run.recipe.train
-    writer = _Metrics(run) if world()[0] == 0 else None
+    writer = Metrics(run) if world()[0] == 0 else None
     batches = run.stream.batches(until=run.steps)
     begun, seconds = time.monotonic(), run.seconds
-    for batch in batches:
+    stopped = watch is not None and run.step > 0 and watch(run)  # the kill came after the last look
+    for batch in () if stopped else batches:
         log = train_step(run, batch.to(run.device))
         run.step += 1
         run.seconds = seconds + time.monotonic() - begun
@@ -239,6 +258,8 @@ def _loop(run: Run, tick: Any) -> None:
             if writer is not None:
                 writer.flush()
             checkpoint.save(run.out / "checkpoints", run.step, run.state(), config.keep)
+            if watch is not None and watch(run):
+                break
     if writer is not None:
         writer.close()
 
@@ -313,80 +334,3 @@ def _counted(run: Run) -> Iterator[None]:
 
 def _has_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
-
-
-# Dense bf16 peak, FLOP/s, from the makers' data sheets; MFU is logged for these alone.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "B200": 2250e12}
-
-
-class _Metrics:
-    """`metrics.jsonl` and TensorBoard: means over `log_every` steps."""
-
-    def __init__(self, run: Run) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.run, self.values, self.count = run, dict[str, float](), 0
-        self.file = open(run.out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
-        self.board = SummaryWriter(str(run.out / "tensorboard"), purge_step=run.step + 1)
-        self._mark()
-
-    def _mark(self) -> None:
-        self.begun, self.waited = time.monotonic(), self.run.stream.waited
-
-    def add(self, log: dict[str, float]) -> None:
-        for name, value in log.items():
-            self.values[name] = self.values.get(name, 0.0) + value
-        self.count += 1
-        if self.run.step % self.run.recipe.train.log_every == 0 or self.run.step == self.run.steps:
-            self.flush()
-
-    def flush(self) -> None:
-        if not self.count:
-            return
-        run, seconds = self.run, time.monotonic() - self.begun
-        batch = run.recipe.train.batch
-        row = {name: value / self.count for name, value in self.values.items()}
-        row |= {
-            "images_per_second": self.count * batch / seconds,
-            "data_wait": (run.stream.waited - self.waited) / seconds,
-            "peak_memory_gib": _peak_memory(run.device),
-            "skipped_steps": run.bad,
-        }
-        if run.flops:
-            row["tflops"] = run.flops * self.count / seconds / 1e12
-            name = torch.cuda.get_device_name(run.device)
-            peak = next((v for k, v in PEAK_FLOPS.items() if k in name), None)
-            if peak:
-                row["mfu"] = row["tflops"] * 1e12 / peak
-        self.file.write(json.dumps({"step": run.step, "samples": run.step * batch, **row}) + "\n")
-        self.file.flush()
-        for name, value in row.items():
-            self.board.add_scalar(name, value, run.step)
-        self.values, self.count = {}, 0
-        self._mark()
-
-    def close(self) -> None:
-        self.flush()
-        self.file.close()
-        self.board.close()
-
-
-def _peak_memory(device: torch.device) -> float:
-    """GiB: of the GPU's allocations, or of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def _cut_metrics(path: Path, step: int) -> None:
-    """Drop the lines after `step`, which a killed run wrote past its last checkpoint."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError):
-            continue  # half a line, cut off by a kill
-    write_atomic(path, "".join(kept).encode())

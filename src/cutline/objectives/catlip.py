@@ -1,0 +1,81 @@
+"""Classification by the words of the captions (CatLIP, Mehta et al., 2404.15653, section 3): no contrast, no text tower.
+
+    L = mean over pictures of Σ_c BCE(z_c, [class c is in the picture's texts]),    z = linear(picture)
+
+CatLIP's classes are WordNet's synsets of the captions' nouns; ours are tokens of CLIP's tokeniser, given as a file of ids
+(for a captioner: those of the content words of its captions), since most English nouns are one token. The texts are all
+that a picture has in `column`, or else those of the step. The picture is the joint embedding; where a model gives tokens
+(CoCa), their maximum, so that a small object counts where it stands.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cutline.objectives import base
+from cutline.objectives.captioning import read_vocabulary
+from cutline.objectives.contrastive import widen
+from cutline.towers import Tokenizer
+
+
+class Config(base.ObjectiveConfig):
+    """classes: a JSON file with the token ids that are classes; column: a column of text (None: the step's texts);
+    positive: weight of a class that is there against one that is not (1 in the paper)."""
+
+    classes: str
+    column: str | None = None
+    positive: float = 1.0
+
+
+class Objective(base.Objective):
+    config: Config
+
+    def __init__(self, config: Config, model: Any) -> None:
+        super().__init__(config, model)
+        text = model.model_cfg["text_cfg"]
+        self.needs_text = config.column is None
+        self.tokenizer = Tokenizer(model)
+        ids = read_vocabulary(config.classes, int(text.get("vocab_size", 49408)))
+        self.place: Tensor
+        place = torch.full((int(text.get("vocab_size", 49408)),), len(ids)).scatter(0, ids, torch.arange(len(ids)))
+        self.register_buffer("place", place, persistent=False)  # id → class, or one more for no class
+        tokens = bool(getattr(model, "gives_tokens", False))
+        self.head = nn.Linear(int(text["width"] if tokens else model.model_cfg["embed_dim"]), len(ids))
+
+    def columns(self) -> list[str]:
+        return [self.config.column] if self.config.column else []
+
+    def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
+        """The loss; the shares of the classes predicted (above ½) that are there, and of those there predicted, are logged."""
+        picture = features.image_tokens().amax(1) if features.gives_tokens else features.image()
+        with torch.autocast(picture.device.type, enabled=False):
+            logits = self.head(widen(picture))  # (B, C)
+            labels = self.labels(batch, len(logits))
+            positive = torch.tensor(self.config.positive, device=logits.device, dtype=logits.dtype)
+            loss = F.binary_cross_entropy_with_logits(
+                logits, labels.to(logits.dtype), pos_weight=positive, reduction="sum"
+            )
+        said = logits.detach() > 0
+        right = (said & labels).sum()
+        self.logged = {
+            "precision": right / said.sum().clamp(min=1), "recall": right / labels.sum().clamp(min=1)
+        }  # fmt: skip
+        return {"classes": loss / len(logits)}
+
+    def labels(self, batch: base.Batch, pictures: int) -> Tensor:
+        """(B, C) bool: which classes are in any text of each picture."""
+        found = torch.zeros(pictures, self.head.out_features + 1, dtype=torch.bool, device=self.place.device)
+        for tokens, owners in self._texts(batch):
+            found[owners[:, None].expand_as(tokens), self.place[tokens]] = True
+        return found[:, :-1]
+
+    def _texts(self, batch: base.Batch) -> list[tuple[Tensor, Tensor]]:
+        """Tokens (M, T) and the pictures (M,) they are of."""
+        if self.config.column is None:
+            return [(texts.tokens, texts.owners) for texts in batch.texts.values()]
+        values = batch.columns[self.config.column]
+        texts = [(t, i) for i, v in enumerate(values) for t in ([v] if isinstance(v, str) else v or []) if t]
+        owners = torch.tensor([i for _, i in texts], device=self.place.device, dtype=torch.long)
+        return [(self.tokenizer([t for t, _ in texts]).to(self.place.device), owners)]
