@@ -2,7 +2,8 @@
 
 It is a CoCa (Yu et al., 2205.01917; open_clip's classes), trained in two runs. The first teaches the image tower alone
 what is in the pictures, by the content words of their captions (`objectives.catlip`): with few pictures that is what a
-captioner lacks, and it costs a fraction of the whole. The second trains everything on `captioning` and `contrastive`, with
+captioner lacks, and it costs a fraction of the whole. Rows without a good caption serve there with their alt text, of
+which only the words that good captions have count: names in poor text are still names. The second trains everything on `captioning` and `contrastive`, with
 `catlip` beside them. A share of the rows is held out; the model that writes the best captions for them is kept, and
 training stops when these have not become better for a while. The folder is a run directory with three more things: the
 first run (`image/`), the ids of the tokens that occur in the captions (`vocabulary.json`), which are all that is ever
@@ -22,7 +23,7 @@ from pydantic import Field
 from cutline import towers
 from cutline.captions.coca import VOCABULARY, CocaWriter, plain
 from cutline.captions.decode import CocaDecoder
-from cutline.captions.patterns import STOPWORDS
+from cutline.captions.patterns import MEDIA, STOPWORDS
 from cutline.captions.work import Failed, picture_of, texts_in
 from cutline.config import Config
 from cutline.errors import DataError
@@ -36,6 +37,7 @@ from cutline.train.loop import Run, train
 from cutline.train.recipe import DataConfig, Objectives, Recipe, TrainConfig
 from cutline.train.stream import Augment, TextConfig
 from cutline.train.stream.order import key
+from cutline.train.stream.replay import digest_of
 
 CLASSES = "classes.json"
 MOST_HELD_OUT = 1000
@@ -48,7 +50,7 @@ class CaptionerTrain(TrainConfig):
     """A training run's options with the defaults of a captioner for few pictures."""
 
     batch: int = Field(64, ge=2)
-    samples: int = Field(32_000, ge=1)
+    samples: int = Field(25_600, ge=1)
     lr: float = Field(2e-3, gt=0)
     warmup: int = Field(50, ge=0)
     save_every: int = Field(100, ge=1)
@@ -58,7 +60,7 @@ class CaptionerTrain(TrainConfig):
 class ImageTrain(CaptionerTrain):
     """The same of the run before, for the image tower alone."""
 
-    samples: int = Field(64_000, ge=1)
+    samples: int = Field(96_000, ge=1)
     lr: float = Field(3e-3, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     save_every: int = Field(500, ge=1)
@@ -68,7 +70,8 @@ class CaptionerConfig(Config):
     """How a captioner is trained.
 
     towers: None takes a small CoCa for pictures of up to 96 pixels, or one for larger ones; image: the run for the image
-    tower alone (null: none; also where `towers` names a model with weights); captioning, contrastive, catlip: weights of
+    tower alone (null: none); also: columns with poorer text for the rows that have no good caption, in that run; good:
+    share of its samples that have one; captioning, contrastive, catlip: weights of
     the objectives of the second run; positive: weight of words that are there, in catlip; held_out: share of the rows
     (at most 1,000); patience: looks without better captions before it stops; augment: no mirror images, since captions
     tell left from right.
@@ -76,11 +79,13 @@ class CaptionerConfig(Config):
 
     towers: TowerConfig | None = None
     image: ImageTrain | None = Field(default_factory=ImageTrain)
+    also: list[str] = Field(default_factory=lambda: ["alt"])
+    good: float = Field(0.33, gt=0, le=1)
     train: CaptionerTrain = Field(default_factory=CaptionerTrain)
     captioning: float = Field(1.0, gt=0)
     contrastive: float = Field(0.2, ge=0)
     catlip: float = Field(0.2, ge=0)
-    positive: float = Field(4.0, gt=0)
+    positive: float = Field(10.0, gt=0)
     held_out: float = Field(0.1, gt=0, lt=1)
     patience: int = Field(5, ge=1)
     augment: Augment = Augment(scale=(0.6, 1.0))
@@ -88,11 +93,11 @@ class CaptionerConfig(Config):
 
 
 class Rows:
-    """Some rows of a table, as a source of training."""
+    """Some rows of a table, as a source of training. note: what the fingerprint is made of beside the pictures."""
 
     def __init__(self, pairs: Pairs, rows: Sequence[int], note: Sequence[Any]) -> None:
         self.pairs, self.rows, self.columns = pairs, list(rows), pairs.columns
-        self.fingerprint = fingerprint(pairs.fingerprint, list(note))
+        self.fingerprint = fingerprint(digest_of(pairs, "key"), digest_of(pairs, "image"), list(note))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -114,31 +119,29 @@ def train_captioner(
     if resume and (out / "result.json").exists():
         return Result.read(out)
     learnt, held = split(pairs, column, config)
-    # Columns that are added meanwhile change the table's fingerprint and not what is learnt from.
-    source = Rows(pairs, learnt.rows, [column, config.seed, config.held_out])
+    # What is learnt from, and not the table's own fingerprint, which a column added meanwhile would change.
+    source = Rows(pairs, learnt.rows, [digest_of(pairs, column), config.seed, config.held_out])
     config = _fitted(config, len(learnt))
     tower = config.towers or TowerConfig(model=_preset(pairs))
     classes = _write_words(learnt, column, out, tower)
     if config.image is not None and classes and not (out / "image" / "model").is_dir():
-        first = _recipe(pairs, column, config, config.image, tower, {"catlip": _catlip(column, out, config, 1.0)})
-        train(first, out / "image", resume, source, show)
+        also = [c for c in config.also if c in pairs.columns and c != column]
+        first = _recipe(
+            pairs, column, config, config.image, tower, {"catlip": _catlip([column, *also], out, config, 1.0)}
+        )
+        train(first, out / "image", resume, _with_others(source, held, also, config.good), show)
     if config.image is not None and classes:
         tower = TowerConfig(model=str(out / "image"))
     weights: dict[str, dict[str, Any]] = {
         "captioning": {"weight": config.captioning, "vocabulary": str(out / VOCABULARY)},
         "contrastive": {"weight": config.contrastive},
-        "catlip": _catlip(column, out, config, config.catlip if classes else 0.0),
+        "catlip": _catlip([column], out, config, config.catlip if classes else 0.0),
     }
     best = Best(HeldOut(held, column), out, config.patience)
     train(_recipe(pairs, column, config, config.train, tower, weights), out, resume, source, show, best)
     model = towers.load(str(out))
-    metrics = {
-        "loss": best.history[best.step]["loss"],
-        "steps": best.step,
-        "pictures": len(learnt),
-        "held_out": len(held),
-    }
-    metrics |= best.held.written(model, out, len(held))
+    metrics: dict[str, float] = {"pictures": len(learnt), "held_out": len(held), "steps": best.step}
+    metrics |= {"loss": best.history[best.step]["loss"]} | best.held.written(model, out, len(held))
     protocol = Protocol(
         task="caption", data=pairs.path, data_fingerprint=fingerprint(pairs.fingerprint, held.rows), split="held out",
         settings={"column": column, "decoding": "greedy", "references": MOST_TEXTS}, encoder=str(out),
@@ -172,6 +175,14 @@ def split(pairs: Pairs, column: str, config: CaptionerConfig) -> tuple[Rows, Row
     return Rows(pairs, learnt, []), Rows(pairs, held, [])
 
 
+def _with_others(learnt: Rows, held: Rows, also: list[str], good: float) -> Rows:
+    """The rows with a good caption, each as often as makes them the share `good`, and those with other text."""
+    taken = {*learnt.rows, *held.rows}
+    others = [row for row in range(len(learnt.pairs)) if row not in taken] if also else []
+    times = max(1, round(good / max(1 - good, 1e-9) * len(others) / len(learnt))) if good < 1 else 1
+    return Rows(learnt.pairs, learnt.rows * times + (others if good < 1 else []), [learnt.fingerprint, also, good])
+
+
 def _write_words(learnt: Rows, column: str, out: Path, tower: TowerConfig) -> int:
     """Write the files of ids that the objectives read: tokens that occur, and content words; returns how many of these."""
     tokenizer = towers.Tokenizer(towers.build(tower))
@@ -189,8 +200,8 @@ def _fitted(config: CaptionerConfig, rows: int) -> CaptionerConfig:
     return config.model_copy(update={n: p.model_copy(update={"batch": min(p.batch, rows)}) for n, p in parts.items()})
 
 
-def _catlip(column: str, out: Path, config: CaptionerConfig, weight: float) -> dict[str, Any]:
-    return {"weight": weight, "classes": str(out / CLASSES), "column": column, "positive": config.positive}
+def _catlip(columns: list[str], out: Path, config: CaptionerConfig, weight: float) -> dict[str, Any]:
+    return {"weight": weight, "classes": str(out / CLASSES), "texts": columns, "positive": config.positive}
 
 
 def _recipe(
@@ -216,7 +227,7 @@ def _preset(pairs: Pairs) -> str:
 
 
 def _is_word(piece: str) -> bool:
-    return piece.isalpha() and len(piece) > 2 and piece not in STOPWORDS
+    return piece.isalpha() and len(piece) > 2 and piece not in STOPWORDS and piece not in MEDIA
 
 
 def _texts(rows: Rows, column: str) -> Iterator[list[str]]:

@@ -4,14 +4,16 @@
 
 CatLIP's classes are WordNet's synsets of the captions' nouns; ours are tokens of CLIP's tokeniser, given as a file of ids
 (for a captioner: those of the content words of its captions), since most English nouns are one token. The texts are all
-that a picture has in `column`, or else those of the step. The picture is the joint embedding; where a model gives tokens
-(CoCa), their maximum, so that a small object counts where it stands.
+that a picture has in the first of `texts` that has any, or else those of the step. The picture is the joint embedding.
+Where a model gives tokens (CoCa), each is classified and the largest logit of a class counts (as in multiple-instance
+learning), so that a small object is found where it stands.
 """
 
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from cutline.objectives import base
@@ -21,11 +23,11 @@ from cutline.towers import Tokenizer
 
 
 class Config(base.ObjectiveConfig):
-    """classes: a JSON file with the token ids that are classes; column: a column of text (None: the step's texts);
+    """classes: a JSON file with the token ids that are classes; texts: columns of text (empty: the step's texts);
     positive: weight of a class that is there against one that is not (1 in the paper)."""
 
     classes: str
-    column: str | None = None
+    texts: list[str] = Field(default_factory=list)
     positive: float = 1.0
 
 
@@ -35,7 +37,7 @@ class Objective(base.Objective):
     def __init__(self, config: Config, model: Any) -> None:
         super().__init__(config, model)
         text = model.model_cfg["text_cfg"]
-        self.needs_text = config.column is None
+        self.needs_text = not config.texts
         self.tokenizer = Tokenizer(model)
         ids = read_vocabulary(config.classes, int(text.get("vocab_size", 49408)))
         self.place: Tensor
@@ -45,13 +47,13 @@ class Objective(base.Objective):
         self.head = nn.Linear(int(text["width"] if tokens else model.model_cfg["embed_dim"]), len(ids))
 
     def columns(self) -> list[str]:
-        return [self.config.column] if self.config.column else []
+        return self.config.texts
 
     def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
         """The loss; the shares of the classes predicted (above ½) that are there, and of those there predicted, are logged."""
-        picture = features.image_tokens().amax(1) if features.gives_tokens else features.image()
+        picture = features.image_tokens() if features.gives_tokens else features.image()[:, None]
         with torch.autocast(picture.device.type, enabled=False):
-            logits = self.head(widen(picture))  # (B, C)
+            logits = self.head(widen(picture)).amax(1)  # (B, N, C) → (B, C)
             labels = self.labels(batch, len(logits))
             positive = torch.tensor(self.config.positive, device=logits.device, dtype=logits.dtype)
             loss = F.binary_cross_entropy_with_logits(
@@ -73,9 +75,10 @@ class Objective(base.Objective):
 
     def _texts(self, batch: base.Batch) -> list[tuple[Tensor, Tensor]]:
         """Tokens (M, T) and the pictures (M,) they are of."""
-        if self.config.column is None:
+        if not self.config.texts:
             return [(texts.tokens, texts.owners) for texts in batch.texts.values()]
-        values = batch.columns[self.config.column]
-        texts = [(t, i) for i, v in enumerate(values) for t in ([v] if isinstance(v, str) else v or []) if t]
+        rows = zip(*(batch.columns[c] for c in self.config.texts), strict=True)
+        found = (next((v for v in row if v), "") for row in rows)
+        texts = [(t, i) for i, v in enumerate(found) for t in ([v] if isinstance(v, str) else v) if t]
         owners = torch.tensor([i for _, i in texts], device=self.place.device, dtype=torch.long)
         return [(self.tokenizer([t for t, _ in texts]).to(self.place.device), owners)]

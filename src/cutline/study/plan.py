@@ -38,13 +38,30 @@ class Task(Config):
         return check(SegmentConfig, values) if self.task == "segment" else check(DepthConfig, values)
 
 
+class Recaption(Config):
+    """A table that the study makes for its arms, `{out}/pairs.lance`: scenes with captions of our own.
+
+    scenes: what is rendered; share: of the rows whose captions the captioner may learn from (column `caption_human`);
+    captioner: its config (as `caption train` takes it); write: of the captions it writes for every row (column
+    `caption_ours`, as `caption write`); fused: also the column `caption_fused`, the alt text and ours by rules.
+    """
+
+    scenes: str
+    share: float = Field(0.05, gt=0, le=1)
+    captioner: dict[str, Any] = Field(default_factory=dict)
+    write: dict[str, Any] = Field(default_factory=dict)
+    fused: bool = False
+
+
 class Plan(Config):
-    """A study. base: a recipe; arms: name → overrides of the base (dotted keys), or null for an untrained encoder;
-    compare: the arm to be judged against the arm it should beat; show: test pictures drawn in the report."""
+    """A study. base: a recipe, in which `{out}` is the study's folder; recaption: a table made first; arms: name →
+    overrides of the base (dotted keys), or null for an untrained encoder; compare: the arm to be judged against the arm
+    it should beat; show: test pictures drawn in the report."""
 
     name: str
     title: str = ""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default_factory=lambda: [0], min_length=1)
+    recaption: Recaption | None = None
     base: dict[str, Any]
     arms: dict[str, dict[str, Any] | None] = Field(min_length=1)
     tasks: dict[str, Task]
@@ -62,10 +79,13 @@ class Plan(Config):
             _or_value_error(f"base, with arm {arm!r}", partial(self.recipe, arm, self.seeds[0]))
         return self
 
-    def recipe(self, arm: str, seed: int) -> Recipe:
-        """The arm's recipe. An arm without training uses the base's towers, at their random start."""
+    def recipe(self, arm: str, seed: int, out: Path = Path("{out}")) -> Recipe:
+        """The arm's recipe in a study in the folder `out`. An arm without training uses the base's towers, at their
+        random start."""
         dotted = [f"{key}={_inline(value)}" for key, value in (self.arms[arm] or {}).items()]
-        return check(Recipe, apply({**self.base, "name": slug(arm), "seed": seed}, dotted, Recipe))
+        recipe = check(Recipe, apply({**self.base, "name": slug(arm), "seed": seed}, dotted, Recipe))
+        recipe.data.pairs = recipe.data.pairs.replace("{out}", str(out))
+        return recipe
 
 
 def load_plan(path: str | Path, overrides: list[str] | None = None) -> Plan:

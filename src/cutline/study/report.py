@@ -1,10 +1,8 @@
 """The report of a study: a table on the terminal, and one self-contained HTML page."""
 
-import base64
 import io
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from numpy.typing import NDArray
 
 from cutline.config import dump
 from cutline.record import Result, version, write_atomic
+from cutline.study.cards import cards
 from cutline.study.plan import HEADLINE, Plan
 from cutline.study.runner import Cell, results
 from cutline.study.statistics import ONE_SEED, Difference, difference, headline, mean_spread, scores
@@ -62,7 +61,7 @@ def write_report(plan: Plan, out: Path) -> Path:
         else [],
         curves=_safe(_curves(plan, out)),
         curve_note=_curve_note(plan),
-        pictures=_pictures(plan),
+        pictures=cards(plan, out),
         predictions=_predictions(plan, out, found),
         how=_how(plan, found),
         plan=dump(plan),
@@ -180,39 +179,6 @@ def _curves(plan: Plan, out: Path) -> str | None:
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False)
     return _svg(figure)
-
-
-def _pictures(plan: Plan, count: int = 8) -> list[dict[str, Any]]:
-    """Training pictures with their texts. Scenes are drawn larger than the encoders saw them."""
-    from PIL import Image
-
-    from cutline.pairs.decode import BadPicture, decode
-    from cutline.train.stream import open_source
-
-    data = plan.recipe(next(iter(plan.arms)), plan.seeds[0]).data
-    source = open_source(re.sub(r"(scenes:.*size=)\d+", r"\g<1>224", data.pairs), data.where)
-    columns = [c for c in source.columns if c.startswith("caption")]
-    texts = [*columns, *(c for c in ["alt"] if c in source.columns)]
-    cards = []
-    for row in source.read(range(min(count, len(source))), ["image", *texts]):
-        image = row["image"]
-        try:
-            pixels = decode(image, min_size=224) if isinstance(image, bytes) else image
-        except BadPicture:
-            continue
-        if pixels is not None:
-            picture = Image.fromarray(pixels)
-            picture.thumbnail((320, 320))
-            found = [row[c] or [] for c in columns]
-            captions = [t for texts in found for t in ([texts] if isinstance(texts, str) else texts)]
-            cards.append({"image": _jpeg(picture), "alt": row.get("alt"), "captions": captions[:3]})
-    return cards
-
-
-def _jpeg(picture: Any) -> str:
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _predictions(plan: Plan, out: Path, found: dict[Cell, Result]) -> list[dict[str, Any]]:

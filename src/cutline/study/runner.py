@@ -13,6 +13,7 @@ from cutline.config import dump
 from cutline.errors import ConfigError
 from cutline.record import Result, write_atomic
 from cutline.study.plan import Plan, load_plan, slug
+from cutline.study.recaption import recaption
 from cutline.train.loop import read_from, train
 from cutline.train.stream import Source
 from cutline.transfer.depth import DepthConfig, depth
@@ -41,6 +42,8 @@ def run(plan: Plan, out: Path, only: str | None = None, say: Callable[[str], Non
     check_folder(plan, out)
     write_atomic(out / "study.yaml", dump(plan).encode())
     arms, tasks = _chosen(plan, only)
+    if plan.recaption is not None:
+        recaption(plan.recaption, out, say)
     sources: dict[str, Source] = {}
     for seed in plan.seeds:
         for arm in arms:
@@ -82,7 +85,7 @@ def _pretrain(plan: Plan, cell: Cell, out: Path, sources: dict[str, Source]) -> 
     folder = cell.folder(out)
     if (folder / "model").is_dir():
         return str(folder)
-    recipe = plan.recipe(cell.arm, cell.seed)
+    recipe = plan.recipe(cell.arm, cell.seed, out)
     if plan.arms[cell.arm] is None:
         torch.manual_seed(cell.seed)
         towers.save(towers.build(recipe.towers), folder / ".model")
