@@ -25,8 +25,12 @@ from cutline.study.statistics import difference, headline
 TINY = {
     "name": "test",
     "seeds": [0, 1],
+    "recaption": {
+        "scenes": "scenes:n=32,size=48,seed=1", "share": 0.5, "fused": True,
+        "captioner": {"image": {"samples": 16, "batch": 8}, "train": {"samples": 16, "batch": 8}},
+    },
     "base": {
-        "data": {"pairs": "scenes:n=32,size=48,seed=1", "cache": True, "threads": 1},
+        "data": {"pairs": "{out}/pairs.lance", "cache": True, "threads": 1},
         "towers": {
             "custom": {
                 "embed_dim": 16,
@@ -36,7 +40,7 @@ TINY = {
         },
         "train": {"batch": 8, "samples": 16, "warmup": 1, "save_every": 1, "log_every": 1},
     },
-    "arms": {"scratch": None, "alt text": {"data.text.columns": {"alt": 1}}, "captions": {"data.text.columns": {"captions": 1}}},
+    "arms": {"scratch": None, "alt text": {"data.text.columns": {"alt": 1}}, "ours": {"data.text.columns": {"caption_ours": 1}}, "captions": {"data.text.columns": {"captions": 1}}},
     "compare": ["captions", "alt text"],
     "show": 2,
     "tasks": {
@@ -69,17 +73,22 @@ def test_every_size_is_a_valid_plan_with_the_same_arms_and_tasks():
     plans = [quickstart_plan(size) for size in SIZES]
     assert len({tuple(p.arms) for p in plans}) == 1
     assert len({tuple(t.task for t in p.tasks.values()) for p in plans}) == 1
-    assert list(plans[0].arms) == ["scratch", "CLIP on alt text", "CLIP on quality captions"]
+    assert list(plans[0].arms) == [
+        "scratch",
+        "CLIP on alt text",
+        "CLIP on our own captions",
+        "CLIP on quality captions",
+    ]
     for p in plans:
         trained = [p.recipe(a, 0).model_dump(exclude={"name": True, "data": {"text"}}) for a in p.arms]
-        assert trained[0] == trained[1] == trained[2]  # the arms differ in their text alone
+        assert all(t == trained[0] for t in trained)  # the arms differ in their text alone
 
 
 def test_labels_and_tests_come_from_other_scenes_than_pretraining():
     for size in SIZES:
         p = quickstart_plan(size)
         seeds = {t.data.partition("seed=")[2] for t in p.tasks.values()}
-        assert p.base["data"]["pairs"].partition("seed=")[2].split(",")[0] not in seeds
+        assert p.recaption.scenes.partition("seed=")[2].split(",")[0] not in seeds
 
 
 def test_a_plan_with_an_unknown_arm_or_key_is_refused(tmp_path):
@@ -171,7 +180,7 @@ def study(tmp_path_factory) -> Path:
 
 def test_a_killed_study_goes_on_and_finishes_every_cell(study):
     plan = load_plan(study / "plan.yaml")
-    assert len(results(plan, study / "out")) == 3 * 2 * 2
+    assert len(results(plan, study / "out")) == 4 * 2 * 2
     assert "difference" in (study / "stdout").read_text()
 
 

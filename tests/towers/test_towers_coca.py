@@ -6,6 +6,7 @@ import torch
 
 from cutline import towers
 from cutline.errors import ConfigError
+from cutline.towers.presets import coca
 
 
 @pytest.fixture(scope="module")
@@ -35,14 +36,12 @@ def test_trimmed_captions_give_the_embeddings_tokens_and_gradients_of_untrimmed_
     model.text.correct_cls_mask = False
 
 
-@pytest.mark.parametrize("name", ["coca-tiny-64", "coca-tiny-112"])
-def test_presets_open_in_open_clip_with_equal_logits(name, tmp_path):
+def test_a_coca_without_a_stem_opens_in_open_clip_with_equal_logits(tmp_path):
     torch.manual_seed(1)
-    ours = towers.build(towers.TowerConfig(model=name)).eval()
+    ours = towers.build(towers.TowerConfig(custom=coca(64, 8, 128, 2, 2))).eval()
     towers.save(ours, tmp_path)
     theirs = open_clip.create_model(f"local-dir:{tmp_path}").eval()
-    size = ours.visual.image_size[0]
-    x = torch.randn(2, 3, size, size)
+    x = torch.randn(2, 3, 64, 64)
     tokens = towers.Tokenizer(ours)(["a red apple", "two cups"])
     with torch.no_grad():
         embedding, each = ours.image_and_tokens(x)
@@ -51,14 +50,23 @@ def test_presets_open_in_open_clip_with_equal_logits(name, tmp_path):
     torch.testing.assert_close(logits, out["logits"])
     torch.testing.assert_close(embedding, out["image_features"])
     assert torch.isfinite(logits).all()
-    assert towers.load(str(tmp_path)).gives_tokens
+
+
+@pytest.mark.parametrize("name", ["coca-tiny-64", "coca-tiny-112"])
+def test_presets_with_a_stem_come_back_as_saved_and_are_encoders(name, tmp_path):
+    torch.manual_seed(1)
+    ours = towers.build(towers.TowerConfig(model=name)).eval()
+    towers.save(ours, tmp_path)
+    size = ours.visual.image_size[0]
+    x = torch.randn(2, 3, size, size)
+    again = towers.load(str(tmp_path)).eval()
+    assert again.gives_tokens
+    with torch.no_grad():
+        for mine, saved in zip(ours.image_and_tokens(x), again.image_and_tokens(x), strict=True):
+            torch.testing.assert_close(saved, mine)
     encoder = towers.load_encoder(str(tmp_path))
-    assert encoder(x)[-1].shape == (
-        2,
-        ours.visual.transformer.width,
-        size // encoder.strides[-1],
-        size // encoder.strides[-1],
-    )
+    grid = size // encoder.strides[-1]
+    assert encoder(x)[-1].shape == (2, ours.visual.transformer.width, grid, grid)
 
 
 def test_a_shorter_context_is_refused(model, tmp_path):
