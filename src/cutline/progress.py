@@ -41,6 +41,13 @@ class Tick:
                 f"{self.label}: {self.done:,}{of} {self.unit}, {rate:,.1f}/s{left} {note}", file=sys.stderr, flush=True
             )
 
+    def say(self, line: str) -> None:
+        """A line that stays, above the bar."""
+        if self.bar is not None:
+            self.bar.console.print(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
 
 @contextmanager
 def progress(
@@ -63,4 +70,7 @@ class _Silent(Tick):
         self.bar = None
 
     def __call__(self, n: int = 1, note: str = "") -> None:
+        return None
+
+    def say(self, line: str) -> None:
         return None

@@ -15,7 +15,7 @@ import pytest
 import torch
 from processes import on_two_processes, run_cutline
 
-from cutline import towers
+from cutline import objectives, towers
 from cutline.config import dump
 from cutline.errors import ConfigError, TrainingError
 from cutline.train import checkpoint, loop
@@ -154,6 +154,18 @@ def test_a_good_step_ends_the_row_of_bad_ones(tmp_path):
     for batch in (bad, bad, good, bad, bad):
         loop.train_step(run, batch)
     assert (run.bad, run.bad_in_row) == (4, 2)
+
+
+def test_the_warning_of_an_objective_is_shown_once_and_again_after_it_was_gone(tmp_path, monkeypatch, capsys):
+    def after_step(self, model, step):
+        self.warning = "" if step == 5 else "it has collapsed"
+
+    monkeypatch.setattr(objectives.base.Objective, "after_step", after_step)
+    loop.train(recipe(), tmp_path / "run")
+    assert [x for x in capsys.readouterr().err.splitlines() if "collapsed" in x] == [
+        "step 1: it has collapsed",
+        "step 7: it has collapsed",
+    ]
 
 
 def test_an_existing_run_is_not_overwritten(whole):

@@ -134,7 +134,8 @@ class Objective(nn.Module):
     """Base of every objective: build heads in `__init__`, return named loss terms from `forward`.
 
     `forward` returns its loss terms, unweighted: the sum of them is this objective's loss, and the loop multiplies it
-    by `config.weight` and averages over processes. What is only to be logged goes into `self.logged`.
+    by `config.weight` and averages over processes. What is only to be logged goes into `self.logged`. What the user
+    should be told (training has collapsed, say) goes into `self.warning`, which is shown when it is no longer "".
     """
 
     needs_text: bool = True  # whether the stream is to give texts
@@ -143,6 +144,7 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
         self.logged: dict[str, Tensor] = {}
+        self.warning = ""
 
     def views(self) -> dict[str, View]:
         """Views needed beside "image"."""

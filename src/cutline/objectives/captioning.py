@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from cutline.errors import ConfigError, DataError
 from cutline.objectives import base
-from cutline.objectives.contrastive import _total, widen
-from cutline.objectives.gather import world
+from cutline.objectives.contrastive import widen
+from cutline.objectives.gather import total, world
 
 PADDING = 0
 
@@ -76,8 +76,8 @@ class Objective(base.Objective):
         used = projection if self.ids is None else projection.index_select(1, self.ids)
         logits = widen(states[written][known] @ used)  # (tokens, ids)
         places = places[known]
-        total = F.cross_entropy(logits, places, reduction="sum")
-        loss = total * world()[1] / _total(known.sum())
+        loss = F.cross_entropy(logits, places, reduction="sum")
+        loss = loss * world()[1] / total(known.sum())
         right = (logits.detach().argmax(1) == places).float().mean().nan_to_num()
         return loss, right, 1 - known.float().mean().nan_to_num(1.0)
 

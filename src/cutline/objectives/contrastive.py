@@ -153,11 +153,3 @@ def _positives(
     each = torch.logaddexp(by_image, negatives) - by_image
     per_image = torch.where(positive, each, 0.0).sum(1) / positive.sum(1).clamp(min=1)
     return share @ per_image, positive.gather(1, by_image.detach().argmax(1, keepdim=True)).sum()
-
-
-def _total(n: Tensor) -> Tensor:
-    """Sum of a count over processes, at least 1."""
-    n = n.clone()
-    if world()[1] > 1:
-        torch.distributed.all_reduce(n)
-    return n.clamp(min=1)

@@ -37,6 +37,14 @@ def gather_plain(x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def total(n: Tensor) -> Tensor:
+    """Sum of a count over processes, at least 1."""
+    n = n.clone()
+    if world()[1] > 1:
+        dist.all_reduce(n)
+    return n.clamp(min=1)
+
+
 @dataclass(frozen=True)
 class Pairing:
     """Which picture each text belongs to, over all processes, which may hold different numbers of texts.

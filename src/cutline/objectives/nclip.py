@@ -60,7 +60,7 @@ class Objective(base.Objective):
         width = int(model.model_cfg["embed_dim"])
         sizes = teacher.Config(prototypes=config.prototypes, hidden=config.hidden, bottleneck=config.bottleneck)
         self.image, self.text = teacher.Head(width, sizes), teacher.Head(width, sizes)
-        self.warning, self._low = "", 0  # what the user should be told; steps without information
+        self._low = 0  # steps without information, in a row
 
     def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
         """Three terms per text source: `cross`, `confident` (l1 included) and `spread` (l2 included).

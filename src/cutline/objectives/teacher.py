@@ -260,7 +260,7 @@ def spread(features: Tensor, most: int = 1024) -> dict[str, Tensor]:
 class SelfDistillation(base.Objective):
     """Base of `silc` and `masked`: holds the teacher, lets it follow, and says when training has collapsed.
 
-    prototypes: made by the method, for the features it compares. warning: what the user should be told, or "".
+    prototypes: made by the method, for the features it compares.
     """
 
     needs_text = False
@@ -274,7 +274,7 @@ class SelfDistillation(base.Objective):
         if mine:
             self.teacher = teacher
         self._student: tuple[Encoder] = (load_encoder(model),)
-        self.warning, self._low = "", 0
+        self._low = 0  # steps without information, in a row
 
     @property
     def tower(self) -> Teacher:

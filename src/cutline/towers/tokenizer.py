@@ -54,14 +54,14 @@ class Tokenizer:
         """How many of `texts` do not fit into the context. Give their `tokens` if they are there: it is then cheap."""
         tokens = self(texts) if tokens is None else tokens
         full = [texts[i] for i in tokens[:, -1].ne(self.padding).nonzero().flatten().tolist()]
-        return sum(self._length(t) > self.context for t in full)
+        return sum(n > self.context for n in self.lengths(full))
 
-    def _length(self, text: str) -> int:
-        """Tokens of `text`, start and end included, before it is cut."""
-        if isinstance(self.tokenizer, HFTokenizer):
+    def lengths(self, texts: list[str]) -> list[int]:
+        """Tokens of each text, start and end included, before it is cut."""
+        if isinstance(self.tokenizer, HFTokenizer) and texts:
             with self.lock:
-                return len(self.tokenizer.tokenizer(self.tokenizer.clean_fn(text)).input_ids)
-        return len(self.tokenizer.encode(text)) + 2
+                return [*map(len, self.tokenizer.tokenizer([self.tokenizer.clean_fn(t) for t in texts]).input_ids)]
+        return [len(self.tokenizer.encode(t)) + 2 for t in texts]
 
     def save(self, folder: str) -> None:
         """Write the files of a Hugging Face tokeniser into `folder`; CLIP's own needs none."""

@@ -24,7 +24,7 @@ from cutline.config import dump, load
 from cutline.errors import ConfigError, TrainingError
 from cutline.objectives.base import Batch, Features, Objective
 from cutline.objectives.gather import world
-from cutline.progress import progress
+from cutline.progress import Tick, progress
 from cutline.record import write_atomic
 from cutline.train import checkpoint
 from cutline.train.device import device_of
@@ -241,11 +241,12 @@ def _stream(
     )
 
 
-def _loop(run: Run, tick: Any, watch: Watch | None = None) -> None:
+def _loop(run: Run, tick: Tick, watch: Watch | None = None) -> None:
     config = run.recipe.train
     writer = Metrics(run) if world()[0] == 0 else None
     batches = run.stream.batches(until=run.steps)
     begun, seconds = time.monotonic(), run.seconds
+    warned: set[str] = set()
     stopped = watch is not None and run.step > 0 and watch(run)  # the kill came after the last look
     for batch in () if stopped else batches:
         log = train_step(run, batch.to(run.device))
@@ -254,6 +255,7 @@ def _loop(run: Run, tick: Any, watch: Watch | None = None) -> None:
         if writer is not None:
             writer.add(log)
         tick(config.batch, f"loss {log['loss']:.3f}")
+        warned = _warn(run, warned, tick)
         if run.step % config.save_every == 0 or run.step == run.steps:
             if writer is not None:
                 writer.flush()
@@ -262,6 +264,14 @@ def _loop(run: Run, tick: Any, watch: Watch | None = None) -> None:
                 break
     if writer is not None:
         writer.close()
+
+
+def _warn(run: Run, before: set[str], tick: Tick) -> set[str]:
+    """Show what objectives want to tell, once; returns the names of those that do."""
+    warnings = {name: o.warning for name, o in run.trainee.methods().items() if o.warning}
+    for name in warnings.keys() - before:
+        tick.say(f"step {run.step}: {warnings[name]}")
+    return set(warnings)
 
 
 def train_step(run: Run, batch: Batch) -> dict[str, float]:

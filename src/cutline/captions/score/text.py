@@ -68,7 +68,7 @@ class _TextWorker(Worker):
     def __init__(self, work: TextScores) -> None:
         self.asked = work.asked
         self.scorers: dict[str, Callable[[str], Any]] = {
-            "repetition": repetition, "filename": patterns.is_filename, "boilerplate": boilerplate,
+            "repetition": repetition, "filename": patterns.is_filename, "boilerplate": patterns.is_boilerplate,
             "email": has_email, "phone": has_phone,
         }  # fmt: skip
         if "language" in self.asked.names:
@@ -99,15 +99,7 @@ def token_counter(model: str | None) -> tuple[Callable[[list[str]], list[int]], 
         words = WordTokenizer()
         return (lambda texts: [len(words.encode(t)) + 2 for t in texts]), 77
     tokenizer = towers.Tokenizer(text_model(model))
-    inner = tokenizer.tokenizer
-    if isinstance(inner, WordTokenizer):
-        return (lambda texts: [len(inner.encode(t)) + 2 for t in texts]), tokenizer.context
-
-    def count(texts: list[str]) -> list[int]:
-        with tokenizer.lock:  # a tokeniser of transformers
-            return [*map(len, inner.tokenizer([inner.clean_fn(t) for t in texts]).input_ids)]
-
-    return count, tokenizer.context
+    return tokenizer.lengths, tokenizer.context
 
 
 def repetition(text: str) -> float:
@@ -117,24 +109,6 @@ def repetition(text: str) -> float:
         return 0.0
     grams = set(zip(*(words[i:] for i in range(NGRAM)), strict=False))
     return 1 - len(grams) / (len(words) - NGRAM + 1)
-
-
-def boilerplate(text: str) -> bool:
-    """`patterns.is_boilerplate`, with a quick way out.
-
-    Taking boilerplate out of a text costs ten times as much as all else here. Nearly every caption has a word near its
-    beginning that no such phrase covers, and is none.
-    """
-    first = next((m for m in patterns.WORD.finditer(text) if _says(m[0].lower())), None)
-    if first is not None:
-        phrases = (patterns.BOILERPLATE, patterns.EMAIL, patterns.URL, patterns.DATE)
-        if not any(p.match(text, at) for at in range(first.start() + 1) for p in phrases):
-            return False
-    return patterns.is_boilerplate(text)
-
-
-def _says(word: str) -> bool:
-    return word not in patterns.STOPWORDS and word not in patterns.MEDIA and (len(word) > 1 or not word.isascii())
 
 
 def has_email(text: str) -> bool:
