@@ -91,6 +91,7 @@ def scenes(
     size: Annotated[int, typer.Option(help="Pixels a side, 48 to 448.")] = 224,
     seed: Annotated[int, typer.Option(help="Scene i of a seed is always the same.")] = 0,
     mix: Annotated[str, typer.Option(help="Quality of the alt text: web, mild or harsh.")] = "web",
+    objects: Annotated[int, typer.Option(help="Kinds of objects in the world: 24, 32, … 96.")] = 96,
     labels: Annotated[
         Path | None, typer.Option(help="Also write pictures, masks and depth here (folder: layout).")
     ] = None,
@@ -99,7 +100,7 @@ def scenes(
     from cutline.scenes import parse_spec
     from cutline.scenes.write import write_pairs
 
-    write_pairs(parse_spec(f"scenes:n={n},size={size},seed={seed},mix={mix}"), out, labels)
+    write_pairs(parse_spec(f"scenes:n={n},size={size},seed={seed},mix={mix},objects={objects}"), out, labels)
     _done(out, f"cutline pairs info {out}")
 
 

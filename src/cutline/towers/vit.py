@@ -65,6 +65,8 @@ class NativeViT(Encoder):
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         x, grid = self.embed(x, dropout=False)
+        if not self.num_layers:  # a stem of convolutions alone
+            return [_to_map(x[:, 1:], grid) for _ in self.taps]
         _, tokens = self.visual.transformer.forward_intermediates(x, indices=sorted(set(self.taps)), stop_early=True)
         at = dict(zip(sorted(set(self.taps)), tokens, strict=True))  # towers of fewer than 4 blocks repeat a tap
         return [_to_map(at[t][:, 1:], grid) for t in self.taps]
