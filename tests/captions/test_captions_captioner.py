@@ -149,31 +149,61 @@ def test_rows_read_as_the_table_does(scenes):
     assert rows.fingerprint != Rows(scenes, [7, 3], ["y"]).fingerprint
 
 
-def test_the_commands_train_write_fuse_score_and_select(scenes, tmp_path):
-    """The chain of the docs, as commands; the table ends with a chosen caption in every row that has any text."""
-    shutil.copytree(scenes.path, tmp_path / "s.lance")
-    commands = [
-        ["caption", "train", "s.lance", "--from", "caption_human", "--out", "cap", *FEW],
-        ["caption", "write", "s.lance", "--with", "cap", "--as", "caption_ours", "--num", "2", "top_p=0.8"],
-        ["caption", "fuse", "s.lance", "--inputs", "alt,caption_ours", "--with", "rules", "--as", "caption_fused", "--max-bad", "1"],
-        ["caption", "score", "s.lance", "--column", "caption_fused", "--with", "scratch:vit-tiny-64", "--truth", "--as", "score"],
-        ["caption", "select", "s.lance", "--rule", "top-fraction", "--columns", "caption_fused", "--by", "score_clip", "--fraction", "0.5", "--as", "caption_train"],
-        ["reinforce", "s.lance", "--teachers", "cap", "--texts", "alt,caption_fused", "--augmentations", "2", "--as", "dr"],
-    ]  # fmt: skip
-    for command in commands:
-        done = run_cutline(*command, cwd=tmp_path)
+CHAIN = [
+    ["caption", "train", "s.lance", "--from", "caption_human", "--out", "cap", *FEW],
+    ["caption", "write", "s.lance", "--with", "cap", "--as", "caption_ours", "--num", "2", "top_p=0.8"],
+    ["caption", "fuse", "s.lance", "--inputs", "alt,caption_ours", "--with", "rules", "--as", "caption_fused", "--max-bad", "1"],
+    ["caption", "score", "s.lance", "--column", "caption_fused", "--with", "cap", "--truth", "--as", "score"],
+    ["caption", "select", "s.lance", "--rule", "top-fraction", "--columns", "caption_fused", "--by", "score_clip", "--fraction", "0.5", "--as", "caption_train"],
+    ["reinforce", "s.lance", "--teachers", "cap", "--texts", "alt,caption_fused", "--augmentations", "2", "--as", "dr"],
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def chained(scenes, tmp_path_factory):
+    """The folder where the chain of the docs was run, as commands."""
+    folder = tmp_path_factory.mktemp("chain")
+    shutil.copytree(scenes.path, folder / "s.lance")
+    for command in CHAIN:
+        done = run_cutline(*command, cwd=folder)
         assert done.returncode == 0, (command, done.stderr)
         assert "Written:" in done.stdout
-    table = Pairs.open(tmp_path / "s.lance")
+    return folder
+
+
+def test_the_commands_train_write_fuse_score_and_select(chained):
+    """The table ends with a chosen caption in the better half of the rows."""
+    table = Pairs.open(chained / "s.lance")
     rows = table.read(range(40), ["caption_ours", "caption_fused", "caption_train", "score_clip", "score_object_f1"])
     assert all(1 <= len(r["caption_ours"]) <= 2 for r in rows)
     chosen = [r for r in rows if r["caption_train"]]
     assert len(chosen) == 20
     assert min(r["score_clip"] for r in chosen) >= max(r["score_clip"] for r in rows if not r["caption_train"])
     assert table.provenance("caption_ours").sampling["top_p"] == 0.8
-    assert (tmp_path / "s-score" / "scores.png").stat().st_size > 1000
-    assert Result.read(tmp_path / "cap").metrics["held_out"] == 2
-    again = run_cutline("caption", "write", "s.lance", "--with", "cap", "--as", "caption_ours", cwd=tmp_path)
+    assert (chained / "s-score" / "scores.png").stat().st_size > 1000
+    assert Result.read(chained / "cap").metrics["held_out"] == 2
+
+
+def test_a_column_that_exists_is_refused_with_advice(chained):
+    again = run_cutline("caption", "write", "s.lance", "--with", "cap", "--as", "caption_ours", cwd=chained)
     assert again.returncode == 1
     assert "has a column 'caption_ours' already" in again.stderr
     assert "Traceback" not in again.stderr
+
+
+@pytest.mark.slow  # each command starts a Ray of its own
+def test_every_command_gives_the_same_on_ray(scenes, chained, tmp_path):
+    pytest.importorskip("ray")
+    shutil.copytree(scenes.path, tmp_path / "s.lance")
+    for command in CHAIN:
+        done = run_cutline(*command, "--on", "ray", cwd=tmp_path)
+        assert done.returncode == 0, (command, done.stderr)
+    there, here = Pairs.open(tmp_path / "s.lance"), Pairs.open(chained / "s.lance")
+    assert there.columns == here.columns
+    texts = ["caption_ours", "caption_fused", "caption_train", "dr_augment"]
+    assert there.read(range(40), texts) == here.read(range(40), texts)
+    for a, b in zip(
+        there.read(range(40), ["score_clip", "dr_image"]), here.read(range(40), ["score_clip", "dr_image"])
+    ):
+        assert a["score_clip"] == pytest.approx(b["score_clip"], abs=1e-3)
+        assert torch.tensor(a["dr_image"]).allclose(torch.tensor(b["dr_image"]), atol=1e-3)
