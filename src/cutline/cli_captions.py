@@ -24,7 +24,7 @@ RUN: dict[str, tuple[Any, Any]] = {
     "where": (Annotated[str | None, typer.Option(help="Only rows that pass this filter (SQL); others are null.")], None),
     "workers": (Annotated[int | None, typer.Option(help="On Ray: how many load the model.")], None),
     "gpus": (Annotated[float | None, typer.Option(help="On Ray: GPUs of each worker.")], None),
-    "max_bad": (Annotated[float, typer.Option(help="Stop when more than this share of the rows fails.")], 0.1),
+    "max_bad": (Annotated[float | None, typer.Option(help="Stop when more than this share of the rows fails (0.1).")], None),
     "accept_failed": (Annotated[bool, typer.Option("--accept-failed", help="Leave null what could be tried again.")], False),
     "restart": (Annotated[bool, typer.Option("--restart", help="Drop what an earlier start left.")], False),
     "estimate": (Annotated[bool, typer.Option("--estimate", help="A few batches, then tell what the rest costs.")], False),
@@ -43,6 +43,7 @@ def over_rows(batch: int) -> Callable[[Callable[..., None]], Callable[..., None]
             options = {name: given.pop(name) for name in RUN}
             where, accept = options.pop("where"), options.pop("accept_failed")
             options["batch"] = batch if options["batch"] is None else options["batch"]
+            options = {name: value for name, value in options.items() if value is not None}
             command(*args, run=check(RunConfig, options | {"accept": accept}), where=where, **given)
 
         own = [p for p in inspect.signature(command).parameters.values() if p.name not in ("run", "where")]
@@ -130,7 +131,7 @@ def fuse(
     inputs: Annotated[str, typer.Option(help="Columns to fuse, such as alt,caption_ours.")],
     model: Annotated[str, typer.Option("--with", help="rules, hf:MODEL or openai:URL#MODEL")],
     column: As,
-    prompt: Annotated[str, typer.Option(help="veclip, capsfusion, laclip, or a file.")] = "veclip",
+    prompt: Annotated[str | None, typer.Option(help="veclip (the default), capsfusion, laclip, or a file.")] = None,
     num: Annotated[int, typer.Option(help="Texts for each picture; more than one makes a column of lists.")] = 1,
     overrides: Overrides = None,
     *,
@@ -140,7 +141,7 @@ def fuse(
     """Fuse alt text and captions into one text."""
     from cutline.captions.writers import fuser
 
-    _run(pairs, fuser(model, inputs.split(","), column, prompt, num, list(overrides or [])), column, run, where)
+    _run(pairs, fuser(model, _split(inputs), column, prompt, num, list(overrides or [])), column, run, where)
 
 
 @app.command()
@@ -168,7 +169,7 @@ def score(
     from cutline.config import apply, check
     from cutline.pairs import Pairs
 
-    values = {"column": column, "model": model, "only": only.split(",") if only else None, "reference": reference,
+    values = {"column": column, "model": model, "only": _split(only) if only else None, "reference": reference,
               "truth": truth}  # fmt: skip
     config = check(ScoreConfig, apply(values, overrides or [], ScoreConfig), given=overrides or [])
     table, reports = make(Pairs.open(pairs, where), config, prefix, run, say=_say)
@@ -178,9 +179,8 @@ def score(
         return
     out = out or pairs.with_name(f"{pairs.stem}-{prefix}")
     _print(summarise(table, column, prefix, out))
-    _done(
-        out, f"cutline caption select {pairs} --rule top-fraction --columns {column} --by {prefix}_… --as caption_train"
-    )
+    rule = f"top-fraction --by {prefix}_clip --fraction 0.3" if model else f"where --where '{prefix}_repetition < 0.2'"
+    _done(out, f"cutline caption select {pairs} --columns {column} --rule {rule} --as caption_train")
 
 
 @app.command()
@@ -208,14 +208,17 @@ def select(
     own = where if rule == "where" else None
     values = {
         "rule": rule,
-        "columns": columns.split(","),
-        "by": by.split(",") if by else [],
+        "columns": _split(columns),
+        "by": _split(by or ""),
         "fraction": fraction,
         "where": own,
     }
     rows, work = choose(Pairs.open(pairs, None if own else where), check(SelectConfig, values), name)
     table, report = engine.run(rows, work, name, run, say=_say)
-    _report(table, report, run)
+    if _report(table, report, run) and rule != "alip":
+        print(
+            f"{name}: chosen in {table.dataset.count_rows(f'{name} IS NOT NULL'):,} of {len(Pairs.open(pairs)):,} rows"
+        )
 
 
 @app.command("import")
@@ -247,10 +250,11 @@ def reinforce(
     teachers: Annotated[
         str | None, typer.Option(help="CLIPs whose embeddings are stored, such as ViT-L-14:openai,runs/mine")
     ] = None,
-    texts: Annotated[str, typer.Option(help="Caption columns to embed.")] = "alt",
-    augmentations: Annotated[int, typer.Option(help="Stored augmentations of each picture.")] = 10,
+    texts: Annotated[str | None, typer.Option(help="Caption columns to embed (alt).")] = None,
+    augmentations: Annotated[int | None, typer.Option(help="Stored augmentations of each picture (10).")] = None,
     shards: Annotated[
-        str | None, typer.Option("--import", help="Take all from tars in DataCompDR's layout instead.")
+        list[str] | None,
+        typer.Option("--import", help="Take all from tars in DataCompDR's layout instead (may be repeated)."),
     ] = None,
     overrides: Overrides = None,
     *,
@@ -259,29 +263,34 @@ def reinforce(
 ) -> None:
     """Store augmentations and teacher embeddings for reinforced training (DataCompDR), or import published ones."""
     from cutline.captions import engine
-    from cutline.captions.datacompdr import ImportConfig, import_work
+    from cutline.captions.datacompdr import ImportConfig, import_work, parse_teachers
     from cutline.captions.reinforce import ReinforceConfig, reinforce_work
     from cutline.config import apply, check
     from cutline.pairs import Pairs
 
-    if (teachers is None) == (shards is None):
-        raise ConfigError(
-            "give either --teachers A,B to embed with, or --import 'SHARDS/*.tar' to take what is published."
-        )
     table, given = Pairs.open(pairs, where), overrides or []
+    values: dict[str, Any]
     work: Any
-    if shards is not None:
-        work = import_work(
-            table, check(ImportConfig, apply({"shards": shards.split()}, given, ImportConfig), given=given), name
+    if shards:
+        if texts is not None or augmentations is not None:
+            raise ConfigError(
+                "--texts and --augmentations say what to embed; with --import all is as it was published."
+            )
+        values = {"shards": shards} | (
+            {"teachers": [t.model_dump() for t in parse_teachers(teachers)]} if teachers else {}
         )
+        work = import_work(table, check(ImportConfig, apply(values, given, ImportConfig), given=given), name)
         _print(work.shards)
-        run = run.model_copy(update={"max_bad": 1.0})  # rows that are not in the shards have no value
-    else:
-        values = {"teachers": str(teachers).split(","), "texts": texts.split(","), "augmentations": augmentations}
+        if "max_bad" not in run.model_fields_set:
+            run = run.model_copy(update={"max_bad": 1.0})  # rows that are not in the shards have no value
+    elif teachers:
+        values = {"teachers": _split(teachers), "texts": _split(texts or "alt"), "augmentations": augmentations or 10}
         work = reinforce_work(table, check(ReinforceConfig, apply(values, given, ReinforceConfig), given=given), name)
+    else:
+        raise ConfigError("give --teachers A,B to embed with, or --import 'SHARDS/*.tar' to take what is published.")
     table, report = engine.run(table, work, name, run, say=_say)
-    _print(report)
-    _done(pairs, f"cutline train RECIPE.yaml data.pairs={pairs} data.replay={name}")
+    if _report(table, report, run, sample=False):
+        _done(pairs, f"cutline train RECIPE.yaml data.pairs={pairs} data.replay={name}")
 
 
 def _run(pairs: Path, work: Any, name: str, run: Any, where: str | None) -> None:
@@ -292,25 +301,35 @@ def _run(pairs: Path, work: Any, name: str, run: Any, where: str | None) -> None
     _report(table, report, run)
 
 
-def _report(table: Any, report: Any, run: Any) -> None:
+def _report(table: Any, report: Any, run: Any, sample: bool = True) -> bool:
+    """What was done; whether the columns are there now. sample: with some texts, and what to do next."""
     _print(report)
-    if run.estimate and report.done < report.rows and not set(report.columns) <= set(table.columns):
+    if run.estimate and not set(report.columns) <= set(table.columns):
         print("What was made is kept: the same command without --estimate goes on from it.")
-        return
-    for column in report.columns:
-        _sample(table, column)
-    _done(Path(table.path), f"cutline pairs info {table.path}")
+        return False
+    if sample:
+        for column in report.columns:
+            _sample(table, column)
+        _done(Path(table.path), f"cutline pairs info {table.path}")
+    return True
 
 
 def _sample(table: Any, column: str, count: int = 3) -> None:
     """A few of the texts that were made."""
-    from cutline.captions.work import texts_in
+    import pyarrow as pa
 
-    if not len(table):
+    from cutline.captions.work import is_list, texts_in
+
+    kind = table.schema.field(column).type
+    if not len(table) or not pa.types.is_string(kind.value_type if is_list(kind) else kind):
         return
     rows = table.read(range(min(64, len(table))), ["key", column])
     for row in [r for r in rows if texts_in(r[column])][:count]:
         print(f"  {row['key']}  {' | '.join(texts_in(row[column]))}")
+
+
+def _split(names: str) -> list[str]:
+    return [name for part in names.split(",") if (name := part.strip())]
 
 
 def _say(line: str) -> None:

@@ -6,7 +6,7 @@ import io
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -21,6 +21,18 @@ def said(text: Any, **more: Any) -> Reply:
               "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
               "usage": {"prompt_tokens": 5, "completion_tokens": 2, "total_tokens": 7}}  # fmt: skip
     return 200, {}, json.dumps(answer | more).encode()
+
+
+def refuses(names: Sequence[str], text: str) -> Callable[["Asked"], Reply]:
+    """Answers of a model that refuses options, in the words of OpenAI."""
+
+    def reply(asked: Asked) -> Reply:
+        for name in names:
+            if name in asked.body:
+                return failed(400, f"Unsupported parameter: '{name}' is not supported with this model.")
+        return said(text)
+
+    return reply
 
 
 def failed(status: int, message: str = "no", **headers: str) -> Reply:
@@ -38,11 +50,11 @@ class Asked:
         self.jpeg = b""
         if not isinstance(content, str):
             head, data = content[0]["image_url"]["url"].split(",")
-            assert head == "data:image/jpeg;base64"
             self.jpeg = base64.b64decode(data)
+            assert head == f"data:image/{self.picture.format.lower()};base64"
 
     @property
-    def picture(self) -> Image.Image:
+    def picture(self) -> Any:
         return Image.open(io.BytesIO(self.jpeg))
 
 

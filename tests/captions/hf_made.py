@@ -79,10 +79,19 @@ def llava(folder: Path) -> Path:
     return _saved(hf.LlavaForConditionalGeneration, config, processor, folder)
 
 
-def llama(folder: Path, chat: bool = True) -> Path:
+def llama(folder: Path, chat: bool = True, template: str = CHAT) -> Path:
     """A language model."""
-    words = tokenizer(marks=False, **({"chat_template": CHAT} if chat else {}))
+    words = tokenizer(marks=False, **({"chat_template": template} if chat else {}))
     return _saved(hf.LlamaForCausalLM, hf.LlamaConfig(**LLAMA), words, folder)
+
+
+def gpt2(folder: Path, positions: int = 64) -> Path:
+    """A language model with fixed positions."""
+    config = hf.GPT2Config(
+        vocab_size=VOCABULARY, n_positions=positions, n_embd=32, n_layer=1, n_head=2, bos_token_id=2, eos_token_id=3,
+        pad_token_id=0,
+    )  # fmt: skip
+    return _saved(hf.GPT2LMHeadModel, config, tokenizer(marks=False), folder)
 
 
 def _saved(kind: Any, config: Any, processor: Any, folder: Path) -> Path:
@@ -92,7 +101,7 @@ def _saved(kind: Any, config: Any, processor: Any, folder: Path) -> Path:
     return folder
 
 
-def qwen2_vl(folder: Path) -> Path:
+def qwen2_vl(folder: Path, template: str = CHAT) -> Path:
     """A chat model whose pictures are as many tokens as they are large, so that the prompts of a batch are padded."""
     config = hf.Qwen2VLConfig(
         text_config=LLAMA | {"rope_parameters": {"type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}},
@@ -102,13 +111,13 @@ def qwen2_vl(folder: Path) -> Path:
         vision_end_token_id=SPECIAL.index("<|vision_end|>"), video_token_id=SPECIAL.index("<|video_pad|>"),
     )  # fmt: skip
     eye = hf.Qwen2VLImageProcessor(patch_size=8, size={"shortest_edge": 256, "longest_edge": 4096})
-    chat = CHAT.replace("<image> ", "<|vision_start|> <|image_pad|> <|vision_end|> ")
+    chat = template.replace("<image> ", "<|vision_start|> <|image_pad|> <|vision_end|> ")
     words = tokenizer(marks=False)
     processor = hf.Qwen2VLProcessor(eye, words, hf.Qwen2VLVideoProcessor(patch_size=8), chat_template=chat)
     return _saved(hf.Qwen2VLForConditionalGeneration, config, processor, folder)
 
 
-def blip2(folder: Path) -> Path:
+def blip2(folder: Path, **words: Any) -> Path:
     text = {"model_type": "opt", "vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "ffn_dim": 64,
             "num_attention_heads": 2, "word_embed_proj_dim": 32, "max_position_embeddings": 128, "pad_token_id": 0,
             "bos_token_id": 2, "eos_token_id": 3, "init_std": 0.6}  # fmt: skip
@@ -117,7 +126,7 @@ def blip2(folder: Path) -> Path:
         vision_config=EYE, qformer_config=query, text_config=text, num_query_tokens=4, image_token_index=IMAGE
     )
     eye = hf.BlipImageProcessor(size={"height": 32, "width": 32})
-    processor = hf.Blip2Processor(eye, tokenizer(), num_query_tokens=4)
+    processor = hf.Blip2Processor(eye, tokenizer(**words), num_query_tokens=4)
     return _saved(hf.Blip2ForConditionalGeneration, config, processor, folder)
 
 

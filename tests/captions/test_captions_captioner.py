@@ -2,10 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from processes import run_cutline
+from processes import on_two_processes, run_cutline
 
 from cutline import towers
 from cutline.captions import captioner
@@ -58,12 +59,12 @@ def test_rows_are_held_out_by_their_keys_alone(scenes):
     learnt, held = split(scenes, "caption_human", few("held_out=0.2"))
     assert (len(learnt), len(held)) == (16, 4)
     assert not set(learnt.rows) & set(held.rows)
-    assert all(r["caption_human"] for r in scenes.read(learnt.rows + held.rows, ["caption_human"]))
+    assert all(r["caption_human"] for r in scenes.read([*learnt.rows, *held.rows], ["caption_human"]))
     some = scenes.where("key <> 's3-00000001'")
     again = {some.read([r], ["key"])[0]["key"] for r in split(some, "caption_human", few("held_out=0.2"))[1].rows}
     before = {r["key"] for r in scenes.read(held.rows, ["key"])}
     assert len(again & before) >= 3  # a row less moves at most one
-    assert split(scenes, "caption_human", few("held_out=0.2", "seed=1"))[1].rows != held.rows
+    assert split(scenes, "caption_human", few("held_out=0.2", "seed=1"))[1].rows.tolist() != held.rows.tolist()
 
 
 def test_the_image_run_sees_all_rows_and_good_ones_as_often_as_said(scenes):
@@ -72,12 +73,13 @@ def test_the_image_run_sees_all_rows_and_good_ones_as_often_as_said(scenes):
     good = [r for r in mixed.rows if r in set(learnt.rows)]
     assert len(good) / len(mixed.rows) == pytest.approx(0.75, abs=0.1)
     assert set(mixed.rows) == set(range(40)) - set(held.rows)
-    assert captioner._with_others(learnt, held, [], 0.5).rows == learnt.rows
+    assert captioner._with_others(learnt, held, [], 0.5) is learnt
 
 
 def test_training_stops_when_captions_get_no_better_and_keeps_the_best(scenes, tmp_path, monkeypatch):
     scores = iter([0.3, 0.5, 0.4, 0.5, 0.2, 0.1])
-    monkeypatch.setattr(HeldOut, "written", lambda *a: {"cider_d": next(scores, 0.0)})
+    monkeypatch.setattr(HeldOut, "written", lambda *a: {"cider_d": next(scores, 0.0), "content_f1": 0.1})
+    monkeypatch.setattr(HeldOut, "loss", lambda *a: 1.0)
     kept = []
     real = towers.save
     monkeypatch.setattr(captioner.towers, "save", lambda model, folder: kept.append(1) or real(model, folder))
@@ -107,13 +109,44 @@ def test_resume_after_a_kill_gives_the_same_captioner(scenes, tmp_path, monkeypa
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):  # noqa: PT012
         m.setattr(Best, "__call__", killed)
         train_captioner(scenes, "caption_human", tmp_path / "cut", few(), show=False)
-    with pytest.raises(ConfigError, match="already holds a run"):
+    with pytest.raises(ConfigError, match="already holds a captioner"):
         train_captioner(scenes, "caption_human", tmp_path / "cut", few(), show=False)
     again = train_captioner(scenes, "caption_human", tmp_path / "cut", few(), resume=True, show=False)
     assert again.metrics == whole.metrics
     a, b = (torch.nn.utils.parameters_to_vector(towers.load(str(tmp_path / n)).parameters()) for n in ("whole", "cut"))
     assert torch.equal(a, b)
     assert train_captioner(scenes, "caption_human", tmp_path / "cut", few(), resume=True).seconds == again.seconds
+    with pytest.raises(ConfigError, match=r"column: 'caption_human' then, 'captions' now; .*seed: 0 then, 1 now"):
+        train_captioner(scenes, "captions", tmp_path / "cut", few("seed=1"), resume=True)
+
+
+def test_a_refused_start_leaves_the_captioner_as_it_was(scenes, tmp_path):
+    train_captioner(scenes, "caption_human", tmp_path / "c", few("image=null"), show=False)
+    before = {p: p.read_bytes() for p in (tmp_path / "c").glob("*.json")}
+    with pytest.raises(ConfigError, match="already holds a captioner"):
+        train_captioner(scenes, "alt", tmp_path / "c", few("image=null"), show=False)
+    assert {p: p.read_bytes() for p in (tmp_path / "c").glob("*.json")} == before
+
+
+def test_where_cider_tells_nothing_words_and_then_the_loss_choose():
+    best = Best(None, Path("."), 3)
+    for step, words, loss in ((2, 0.0, 5.0), (4, 0.3, 4.0), (6, 0.3, 3.0), (8, 0.2, 2.0)):
+        best.history[step] = {"cider_d": 0.0, "content_f1": words, "loss": loss}
+    assert best.step == 6
+
+
+def test_two_processes_train_one_captioner(scenes, tmp_path):
+    code = f"""
+from pathlib import Path
+from cutline.captions.captioner import CaptionerConfig, train_captioner
+from cutline.config import load
+from cutline.pairs import Pairs
+result = train_captioner(Pairs.open({scenes.path!r}), "caption_human", Path({str(tmp_path / "c")!r}), load(CaptionerConfig, None, {FEW!r}), show=False)
+print(result.metrics["steps"], result.metrics["loss"])
+"""
+    one, two = on_two_processes(code, folder=tmp_path)
+    assert one == two
+    assert Result.read(tmp_path / "c").metrics["steps"] == float(one.split()[0])
 
 
 def test_the_held_out_loss_is_the_objectives_own(scenes):
@@ -137,7 +170,7 @@ def test_the_held_out_loss_is_the_objectives_own(scenes):
 def test_columns_without_captions_are_refused(scenes):
     with pytest.raises(DataError, match="no column 'caption_mine'"):
         train_captioner(scenes, "caption_mine", None, few())
-    with pytest.raises(DataError, match=r"1 rows .* have a caption in 'caption_human'.*two at the very least"):
+    with pytest.raises(DataError, match=r"1 rows .* have a caption in 'caption_human'.*three at the very least"):
         split(scenes.where("key = 's3-00000001'"), "caption_human", few())
     with pytest.raises(DataError, match="'width' holds no text but 64"):
         split(scenes, "width", few())

@@ -210,6 +210,10 @@ def test_what_cannot_be_imported_at_all_is_refused(pairs: Pairs, tmp_path: Path)
         import_work(pairs, ImportConfig(shards=[pattern]), show=False)
     with pytest.raises(DataError, match="no column 'id'"):
         work_of(pairs, pattern, by="id")
+    with pytest.raises(
+        DataError, match="no row of .* is in the shards: rows are joined by the column 'alt'.*Name another"
+    ):
+        work_of(pairs, pattern, by="alt")
     with pytest.raises(ConfigError, match="NAME=WIDTH@SCALE"):
         parse_teachers("ViT-L-14:openai")
     write_tar(tmp_path / "none.tar", [("a.txt", b"x")])

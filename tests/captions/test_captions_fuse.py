@@ -13,7 +13,7 @@ from cutline.captions.fuse import PROMPTS, placeholders, read_prompts
 from cutline.captions.rules import RulesFuse
 from cutline.captions.work import Failed
 from cutline.config import check
-from cutline.errors import ConfigError
+from cutline.errors import ConfigError, DataError
 
 INPUTS = ["alt", "ours"]
 
@@ -73,8 +73,8 @@ def test_a_prompt_that_does_not_fit_the_inputs_is_an_error_that_names_what(
 
 
 def test_other_mistakes_are_said_before_anything_runs(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot read the prompt file 'vaclip'"):
-        read_prompts("vaclip", INPUTS)
+    with pytest.raises(ConfigError, match=r"prompt file 'vecilp'.*or take one of veclip, laclip, capsfusion\."):
+        read_prompts("vecilp", INPUTS)
     with pytest.raises(ConfigError, match="fuses two texts"):
         read_prompts("veclip", ["alt"])
     with pytest.raises(ConfigError, match="names no model"):
@@ -94,6 +94,12 @@ def test_rows_where_a_text_is_missing_or_says_nothing_ask_no_model(server: ChatS
     nothing = Failed("no text")
     assert fuse(server, "veclip", rows) == ["a dog on grass", "a cat", "Rex", nothing, nothing, nothing]
     assert server.asked == []
+
+
+@pytest.mark.parametrize("value", [0, b"\xff\xd8", [0.5], [None, 1]])
+def test_a_column_that_is_no_text_is_an_error_that_names_it(server: ChatServer, value: Any) -> None:
+    with pytest.raises(DataError, match=r"the column 'ours' holds no text, but a (int|bytes|float)\."):
+        fuse(server, "veclip", [{"alt": "Rex", "ours": value}])
 
 
 def test_laclip_rewrites_what_is_there_in_a_style_chosen_by_the_key_or_in_all_four(server: ChatServer) -> None:

@@ -184,6 +184,39 @@ def test_language_models_fuse_by_chat_template_or_by_completion(chat: bool, tmp_
     assert got == [e if isinstance(e, Failed) else {"fused": e} for e in expected]
 
 
+def test_a_prompt_longer_than_the_models_context_fails_alone(tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("one sentence of {alt} and {caption} :")
+    work = fuse_work(
+        f"hf:{hf_made.gpt2(tmp_path / 'gpt2', positions=32)}", ["alt", "caption"], "fused", str(tmp_path / "prompt.txt"),
+        sampling={"max_new_tokens": NEW},
+    )  # fmt: skip
+    given = [{"key": str(n), "alt": "dog " * n, "caption": "a cat"} for n in (1, 17, 18, 90)]  # with 7 words more
+    got = write(work, given)
+    assert got[2:] == [Failed("prompt longer than the model's context")] * 2
+    assert Failed("prompt longer than the model's context") not in got[:2]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2_vl"])
+def test_models_that_think_are_told_not_to(
+    family: str, tmp_path: Path, model: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet = "{% if enable_thinking is defined and not enable_thinking %}no {% endif %}"
+    thinking = getattr(hf_made, family)(tmp_path / family, template=hf_made.CHAT + quiet)
+    source = {"sampling": Sampling(), "sees": family != "llama"}
+    assert HfModel(model=str(thinking)).load(**source)._text("a dog").endswith("assistant:no ")
+    hf.utils.logging.enable_propagation()  # pytest hears of warnings through the root logger
+    assert HfModel(model=str(model(family))).load(**source)._text("a dog").endswith("assistant:")
+    hf.utils.logging.disable_propagation()
+    assert "Kwargs" not in caplog.text, "which a processor says of words that its template does not know"
+
+
+def test_a_chat_template_of_the_tokeniser_alone_is_none_of_the_models(model: Any, tmp_path: Path) -> None:
+    some = rows()
+    folder = hf_made.blip2(tmp_path / "blip2", chat_template=hf_made.CHAT)
+    written = [write_work(f"hf:{f}", "c", sampling={"max_new_tokens": NEW}) for f in (folder, model("blip2"))]
+    assert write(written[0], some) == write(written[1], some)
+
+
 def test_a_model_that_sees_can_fuse_too(model: Any) -> None:
     work = fuse_work(f"hf:{model('qwen2_vl')}", ["alt", "cap"], "fused", "veclip", sampling={"max_new_tokens": NEW})
     (got,) = write(work, [{"key": "a", "alt": "red ball", "cap": "a dog sits"}])

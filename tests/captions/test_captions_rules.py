@@ -29,6 +29,11 @@ from cutline.scenes.source import SceneConfig, Scenes
         ("dog 45", "a cat", "a cat, dog"), ("bunch of grapes", "an apple", "an apple, bunch of grapes"),
         ("perro bonito", "a dog", "a dog"), ("Hund kaufen", "a dog", "a dog"), ("Foto: Auto", "a car", "a car"),
         ("DSC_0001 anna@b.org www.x.com 555-123-4567", "a dog", "a dog"), ("12345 6789", "a dog", "a dog"),
+        ("St. Bernard", "a dog", "a dog, St. Bernard"), ("St. Bernard. Rex", "a St Bernard", "a St Bernard, Rex"),
+        ("Dinner with Mrs. Brown", "a dog", "a dog, Dinner and Mrs. Brown"), ("Dog at the coast. Rex", "a dog", "a dog, coast and Rex"),
+        ("Cookie Monster", "a puppet", "a puppet, Cookie Monster"), ("cookies", "a plate", "a plate, cookies"),
+        ("March in Washington", "a crowd", "a crowd, March in Washington"), ("a dog in Rome", "a dog", "a dog, Rome"),
+        ("John's dog Max in Central Park", "a cat", "a cat, John's dog Max and Central Park"),
         ("one, two boats, three cars, four birds, five trees", "a dog", "a dog, two boats, three cars and four birds"),
     ],
 )  # fmt: skip

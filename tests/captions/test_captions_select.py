@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 from pairs_made import picture
+from processes import run_cutline
 
 from cutline.captions.engine import RunConfig, run
 from cutline.captions.select import SelectConfig, select
@@ -170,3 +171,37 @@ def test_scores_by_different_models_are_not_compared(pairs):
         select(pairs, SelectConfig(rule="best-of", columns=["alt", "ours"], by=["a_clip", "o_clip"]), "x")
     with pytest.raises(DataError, match="not hold the scores of 'alt', but of 'ours'"):
         select(pairs, SelectConfig(rule="best-of", columns=["alt", "ours"], by=["o_clip", "a_clip"]), "x")
+
+
+def test_alip_refuses_scores_that_are_no_cosines_or_stand_in_another_order(pairs):
+    with pytest.raises(DataError, match="'big' holds no cosines"):
+        select(
+            pairs.add_column("big", [2.0] * N),
+            SelectConfig(rule="alip", columns=["alt", "ours"], by=["big", "vc", "rc"]),
+            "w",
+        )
+    made = Provenance(how="caption score", settings={"column": "ours", "prefix": "p", "scores": ["cosine"]})
+    pairs = pairs.add_column("p_cosine", [0.1] * N, provenance=made)
+    with pytest.raises(DataError, match="'p_cosine' is cosine of 'ours' where cosine of 'alt' belongs"):
+        select(pairs, SelectConfig(rule="alip", columns=["alt", "ours"], by=["p_cosine", "vc", "rc"]), "w")
+
+
+def test_scores_of_captions_that_are_not_there_do_not_count(pairs):
+    pairs = pairs.add_column("s", [float(i) for i in range(N)]).add_column(
+        "late", ["x" if i < 30 else None for i in range(N)]
+    )
+    got = chosen(pairs, rule="top-fraction", columns=["late"], by=["s"], fraction=0.5)
+    assert [i for i, o in enumerate(got) if o] == [*range(15, 30)]
+
+
+def test_the_command_writes_weights_and_says_how_many_were_chosen(pairs):
+    done = run_cutline(
+        "caption", "select", pairs.path, "--rule", "alip", "--columns", "alt, ours", "--by", "vr,vc,rc", "--as", "w"
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"w_alt", "w_ours"} <= set(Pairs.open(pairs.path).columns)
+    done = run_cutline(
+        "caption", "select", pairs.path, "--rule", "where", "--columns", "ours", "--where", "s_alt >= 0.5", "--as", "c"
+    )
+    n = sum(s is not None and s >= 0.5 for s in column(pairs, "s_alt"))
+    assert f"c: chosen in {n} of 60 rows" in done.stdout

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import pickle
 import random
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 
 import hf_made
 import pytest
-from chat_server import Asked, ChatServer, Reply, failed, hang, said
+from chat_server import Asked, ChatServer, Reply, failed, hang, refuses, said
 from PIL import Image
 from works_made import fuse_work, write_work
 
@@ -22,6 +23,7 @@ from cutline.captions.engine import RunConfig, run
 from cutline.captions.server import Server
 from cutline.captions.vlm import VlmWriter, source_of
 from cutline.captions.work import Failed
+from cutline.config import check
 from cutline.errors import ConfigError, DataError
 from cutline.pairs import Pairs
 
@@ -112,6 +114,14 @@ def test_what_goes_wrong_with_one_row_is_that_rows_reason_alone() -> None:
         (said(None), Failed("empty")),
         (said("I'm sorry, I can't help with that."), Failed("refused")),
         (said(None, choices=[{"message": {"content": None, "refusal": "No."}}]), Failed("refused")),
+        (
+            said(None, choices=[{"finish_reason": "length", "message": {"content": None, "reasoning": "Hm, a"}}]),
+            Failed("no answer within max_new_tokens"),
+        ),
+        (said(None, choices=[{"finish_reason": "length", "message": {"content": "a dog"}}]), {"caption": "a dog"}),
+        (failed(403, "blocked by policy 7"), Failed("server: HTTP 403: blocked by policy #")),
+        (failed(404, "no such picture"), Failed("server: HTTP 404: no such picture")),
+        ((400, {}, b'{"error": {"message": "bad \\ud800 char"}}'), Failed("server: HTTP 400: bad ? char")),
         (said("dog " * 70), Failed("repeats itself")),
         (said("A dog on grass. " + " ".join(map(str, range(2300)))), {"caption": "A dog on grass."}),
         ((0, {}, b""), Failed("server: no connection (RemoteProtocolError)", again=True)),
@@ -137,9 +147,55 @@ def test_a_server_that_is_away_or_refuses_all_stops_the_run() -> None:
         assert write(work, rows(1)) == [{"caption": "a dog"}]
     with pytest.raises(DataError, match=r"does not answer .*run the same command again"):
         write(work, rows(3))
-    for status, words in [(401, "OPENAI_API_KEY"), (404, "the model 'tiny'")]:
+    for status, words in [(401, "OPENAI_API_KEY"), (403, "HTTP 403: no"), (404, "the model 'tiny'")]:
         with ChatServer(lambda asked, status=status: failed(status)) as server, pytest.raises(DataError, match=words):
             write(writer(server), rows(2))
+
+
+def test_an_answer_lost_to_a_busy_server_is_asked_for_again_and_equal_answers_are_one() -> None:
+    def reply(asked: Asked) -> Reply:
+        with_seeds.setdefault(wide(asked), set()).add(asked.body["seed"])
+        return failed(503) if wide(asked) == 1 and len(with_seeds[1]) > 1 else said("a dog")
+
+    with_seeds: dict[int, set[int]] = {}
+    with ChatServer(reply) as server:
+        got = write(writer(server, {"concurrency": 1}, num=3), rows(2))
+    assert got == [{"caption": ["a dog"]}, Failed("server: HTTP 503", again=True)]
+    assert len(with_seeds[0]) == 3
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize(
+    ("names", "num", "left"),
+    [
+        (["max_tokens"], 1, {"temperature", "max_completion_tokens"}),
+        (["temperature", "max_tokens", "top_p"], 2, {"seed", "max_completion_tokens"}),
+    ],
+)
+def test_options_that_a_model_refuses_are_left_out(names: list[str], num: int, left: set[str]) -> None:
+    with ChatServer(refuses(names, "a dog")) as server:
+        worker = writer(server, num=num).load()
+        with pytest.warns(UserWarning, match="does not take") if num > 1 else contextlib.nullcontext():
+            made = worker.make(worker.prepare(rows(8)))
+        assert made == [{"caption": "a dog" if num == 1 else ["a dog"]}] * 8
+        before = len(server.asked)
+        worker.make(worker.prepare(rows(8)))
+    assert len(server.asked) - before == 8 * num, "it is remembered"
+    body = server.asked[-1].body
+    assert body.keys() - {"model", "messages"} == left
+    assert body["max_completion_tokens"] == 100
+
+
+def test_more_of_the_requests_body_is_sent_and_noted() -> None:
+    extra = {"chat_template_kwargs": {"enable_thinking": False}}
+    with ChatServer(lambda asked: said("a dog")) as server:
+        one, other = writer(server, {"extra": extra}), writer(server)
+        write(one, rows(1))
+        fuser = fuse_work(f"openai:{server.url}#tiny", ["a", "b"], "c", options={"extra": extra})
+    assert server.asked[0].body["chat_template_kwargs"] == {"enable_thinking": False}
+    assert not one.provenance().same_work(other.provenance())
+    assert fuser.provenance().settings["extra"] == extra
+    assert "extra" not in other.provenance().settings
 
 
 def test_a_run_goes_on_where_a_server_died_and_asks_for_nothing_twice(table: Pairs) -> None:
@@ -192,6 +248,22 @@ def test_pictures_are_sent_upright_as_jpeg_and_no_larger_than_asked() -> None:
     assert writer(server, {"max_side": 100}).provenance().settings["max_side"] == 100
 
 
+def test_a_picture_too_long_for_jpeg_is_sent_as_png_and_one_that_cannot_be_sent_fails_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = [Image.new("RGB", (1, side)) for side in (70_000, 20)]
+    for i, picture in enumerate(made):
+        picture.save(out := io.BytesIO(), "PNG")
+        made[i] = {"key": f"{i}", "image": out.getvalue()}
+    with ChatServer(lambda asked: said("a dog")) as server:
+        assert write(writer(server), made) == [{"caption": "a dog"}] * 2
+        assert {a.picture.format: a.picture.size for a in server.asked} == {"PNG": (1, 70_000), "JPEG": (1, 20)}
+        monkeypatch.setattr("cutline.captions.server.MAX_JPEG", 100_000)
+        lost, good = write(writer(server), made)
+        assert lost.reason.startswith("picture: cannot be sent (")
+        assert good == {"caption": "a dog"}
+
+
 def test_the_key_is_taken_from_the_environment_and_noted_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     with ChatServer(lambda asked: said("a dog")) as server:
@@ -206,16 +278,52 @@ def test_the_key_is_taken_from_the_environment_and_noted_nowhere(monkeypatch: py
     assert "secret" not in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["sk-a\nb", "ключ"])
+def test_a_key_that_no_header_takes_is_an_error_that_does_not_show_it(
+    key: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    for work in (write_work("openai:http://localhost:1/v1#m", "c"), write_work("openai:http://localhost:1/v1", "c")):
+        with pytest.raises(ConfigError, match="Copy the key again") as error:
+            work.load()
+        assert key not in str(error.value)
+    monkeypatch.setenv("OPENAI_API_KEY", " sk-good\n")
+    with ChatServer(lambda asked: said("a dog")) as server:
+        write(writer(server), rows(1))
+    assert server.asked[0].headers["Authorization"] == "Bearer sk-good"
+
+
+@pytest.mark.parametrize(
+    ("url", "words"),
+    [
+        ("http://", "no host"), ("http://exa mple/v1", "space"), ("http://[::1/v1", "IPv6"), ("http://a:0/v1", "no host"),
+        ("http://me:secret@localhost:99999/v1", "Port out of range"), ("http://localhost:x/v1", "Port"), ("ftp://x", "url"),
+    ],
+)  # fmt: skip
+def test_a_url_of_no_server_is_said_before_anything_runs(url: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words) as error:
+        source_of(f"openai:{url}#m")
+    assert "secret" not in str(error.value)
+    assert check(Server, {"url": "http://me:p@[::1]:8000/v1"}).model == ""
+
+
 def test_a_server_is_asked_for_its_model_if_none_is_named() -> None:
     def models(*names: str) -> ChatServer:
         return ChatServer(lambda asked: said("a dog"), names)
 
     with models("only/one") as server:
-        assert source_of(f"openai:{server.url}").model == "only/one"
+        work = write_work(f"openai:{server.url}", "c")
+        assert work.provenance().model == "openai:only/one"
+        work = pickle.loads(pickle.dumps(work))
+        write(work, rows(1))
+        assert server.asked[0].body["model"] == "only/one"
+    assert work.provenance().model == "openai:only/one", "asked once, also for the processes of a cluster"
+    begun = time.monotonic()
     with pytest.raises(DataError, match="does not say which models"):
-        Server(url=server.url, retries=0).resolved()
+        write_work(f"openai:{server.url}", "c", options=QUICK).provenance()
+    assert time.monotonic() - begun < 3, "with the retries of the overrides"
     with models("b", "a") as server, pytest.raises(ConfigError, match=r"has 2 models: a, b\. Say which"):
-        source_of(f"openai:{server.url}")
+        source_of(f"openai:{server.url}").name()
     with pytest.raises(ConfigError, match="url"):
         source_of("openai:localhost:8000#x")
 

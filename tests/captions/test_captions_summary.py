@@ -127,13 +127,21 @@ def test_scores_are_judged_by_the_truth_of_scenes(tmp_path):
 
 def test_a_row_that_failed_leaves_a_gap_and_shifts_no_score(tmp_path):
     rows = [{"key": str(i), "image": picture(i), "alt": "x", "captions": [f"a dog {i}", "a cat"]} for i in range(4)]
-    rows[1]["image"] = picture(1)[:40]
+    rows[0]["image"] = picture(1)[:40]
     create_from_rows(tmp_path / "t.lance", rows, max_bad=1)
     config = ScoreConfig(column="captions", model="scratch:vit-tiny-64", only=["tokens", "clip"])
     pairs, reports = score(Pairs.open(tmp_path / "t.lance"), config, "s", RunConfig(max_bad=0.5), show=False)
     assert [r.bad for r in reports] == [0, 1]
     s = summarise(pairs, "captions", "s")
     assert (s.numbers["tokens"].count, s.numbers["clip"].count) == (8, 6)
+
+
+def test_a_column_without_captions_is_summed_up_and_drawn(tmp_path):
+    create_from_rows(tmp_path / "t.lance", [{"key": "a", "image": picture(1), "alt": "a dog"}])
+    pairs = Pairs.open(tmp_path / "t.lance").add_column("nothing", [None], type="string")
+    pairs, _ = score(pairs, ScoreConfig(column="nothing", only=["tokens"]), "s", RunConfig(), show=False)
+    assert summarise(pairs, "nothing", "s", tmp_path / "out").captions == 0
+    assert (tmp_path / "out" / "scores.png").exists()
 
 
 def test_a_column_without_scores_is_told(tmp_path):

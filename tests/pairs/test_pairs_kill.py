@@ -218,7 +218,7 @@ def test_torn_record_of_a_column_is_made_again(tmp_path, table):
     (piece,) = (Path(table.path) / "_cutline" / "add-number").glob("*.rows")
     piece.write_bytes(piece.read_bytes()[:-3])
     assert Pairs.open(table.path).columns == table.columns
-    with pytest.raises(DataError, match=r"begun with other settings \(provenance\)"):
+    with pytest.raises(DataError, match=r"begun with other settings \(how: 'test' then"):
         table.add_column("number", made, batch=10, provenance=Provenance(how="else"), show=False)
     again = table.add_column("number", made, batch=10, provenance=Provenance(how="test", time="later"), show=False)
     assert calls == [f"{n:06d}" for n in (0, 10, 20, 30, 40, 50, 40, 50, 60, 70, 80, 90, 100, 110)]

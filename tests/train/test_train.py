@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from processes import on_two_processes, run_cutline
 from cutline import objectives, towers
 from cutline.config import dump
 from cutline.errors import ConfigError, TrainingError
+from cutline.pairs import Pairs
+from cutline.scenes import parse_spec
+from cutline.scenes.write import write_pairs
 from cutline.train import checkpoint, loop
 from cutline.train.optim import param_groups, schedule, set_lr
 from cutline.train.recipe import Recipe
@@ -250,6 +254,37 @@ def test_two_processes_train_like_one(tmp_path):
         torch.testing.assert_close(value, weights(tmp_path / "two")[name], rtol=1e-3, atol=2e-4)
     on_two_processes(TWO, str(tmp_path / "r.yaml"), str(tmp_path / "two"), "resume", folder=tmp_path)
     assert losses(tmp_path / "two") == pytest.approx(losses(one), abs=1e-4)
+
+
+def test_a_run_of_one_process_goes_on_with_two(tmp_path):
+    """The same rows; what dropout draws begins anew (there is none here)."""
+    plain = recipe(samples=32)
+    (tmp_path / "r.yaml").write_text(dump(plain))
+    one = loop.train(plain, tmp_path / "one")
+    shutil.copytree(one, tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "model")
+    for late in sorted((tmp_path / "cut" / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(late)
+    on_two_processes(TWO, str(tmp_path / "r.yaml"), str(tmp_path / "cut"), "resume", folder=tmp_path)
+    assert losses(tmp_path / "cut") == pytest.approx(losses(one), abs=1e-4)
+
+
+def test_a_run_goes_on_after_a_column_was_added_to_its_table(tmp_path):
+    write_pairs(parse_spec("scenes:n=16,size=48,seed=1"), tmp_path / "s.lance")
+    plain = recipe(samples=64, save_every=2, keep=9)
+    plain.data.pairs = str(tmp_path / "s.lance")
+    one = loop.train(plain, tmp_path / "one")
+    shutil.rmtree(one / "model")
+    for late in sorted((one / "checkpoints").iterdir())[1:]:
+        shutil.rmtree(late)
+    before = losses(one)
+    table = Pairs.open(tmp_path / "s.lance").add_column("n", [1] * 16)
+    loop.train(plain, one, resume=True)
+    assert losses(one) == before
+    table.drop("captions").add_column("captions", ["another"] * 16)
+    shutil.rmtree(one / "model")
+    with pytest.raises(ConfigError, match="another order of samples"):
+        loop.train(plain, one, resume=True)
 
 
 def test_schedule_by_hand():

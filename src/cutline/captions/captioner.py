@@ -17,7 +17,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 
 from cutline import towers
@@ -26,14 +28,15 @@ from cutline.captions.decode import CocaDecoder
 from cutline.captions.patterns import MEDIA, STOPWORDS
 from cutline.captions.work import Failed, picture_of, texts_in
 from cutline.config import Config
-from cutline.errors import DataError
+from cutline.errors import ConfigError, DataError
 from cutline.metrics.captions import bleu_4, cider_d, word_overlap, words_of
 from cutline.objectives import captioning
+from cutline.objectives.gather import barrier, same_on_all, world
 from cutline.pairs import Pairs
 from cutline.record import Protocol, Result, fingerprint, write_atomic
 from cutline.towers import TowerConfig
 from cutline.towers.pictures import test_transform, weights_hash
-from cutline.train.loop import Run, train
+from cutline.train.loop import Run, process_group, train
 from cutline.train.recipe import DataConfig, Objectives, Recipe, TrainConfig
 from cutline.train.stream import Augment, TextConfig
 from cutline.train.stream.order import key
@@ -95,15 +98,15 @@ class CaptionerConfig(Config):
 class Rows:
     """Some rows of a table, as a source of training. note: what the fingerprint is made of beside the pictures."""
 
-    def __init__(self, pairs: Pairs, rows: Sequence[int], note: Sequence[Any]) -> None:
-        self.pairs, self.rows, self.columns = pairs, list(rows), pairs.columns
+    def __init__(self, pairs: Pairs, rows: Sequence[int] | NDArray[np.int64], note: Sequence[Any]) -> None:
+        self.pairs, self.rows, self.columns = pairs, np.asarray(rows, np.int64), pairs.columns
         self.fingerprint = fingerprint(digest_of(pairs, "key"), digest_of(pairs, "image"), list(note))
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, rows: Sequence[int], columns: Sequence[str]) -> list[dict[str, Any]]:
-        return self.pairs.read([self.rows[r] for r in rows], columns)
+        return self.pairs.read(self.rows[list(rows)].tolist(), columns)
 
 
 def train_captioner(
@@ -113,12 +116,20 @@ def train_captioner(
 
     metrics: loss of the held-out captions; BLEU-4, CIDEr-D and precision, recall and F1 of content words of what it
     writes for the held-out pictures (greedy). Raises `DataError` for fewer than two rows with a caption and `ConfigError`
-    for a folder that holds a run, unless `resume` goes on with it.
+    for a folder that holds a run, unless `resume` goes on with it. Under torchrun: on all its processes.
     """
+    with process_group(config.train.device):
+        return _train(pairs, column, out, config, resume, show)
+
+
+def _train(pairs: Pairs, column: str, out: Path, config: CaptionerConfig, resume: bool, show: bool) -> Result:
     began = time.monotonic()
-    if resume and (out / "result.json").exists():
-        return Result.read(out)
     learnt, held = split(pairs, column, config)
+    _begin(
+        out, {"column": column, "captions": digest_of(pairs, column), "config": config.model_dump(mode="json")}, resume
+    )
+    if (out / "result.json").exists():
+        return Result.read(out)
     # What is learnt from, and not the table's own fingerprint, which a column added meanwhile would change.
     source = Rows(pairs, learnt.rows, [digest_of(pairs, column), config.seed, config.held_out])
     config = _fitted(config, len(learnt))
@@ -143,13 +154,34 @@ def train_captioner(
     metrics: dict[str, float] = {"pictures": len(learnt), "held_out": len(held), "steps": best.step}
     metrics |= {"loss": best.history[best.step]["loss"]} | best.held.written(model, out, len(held))
     protocol = Protocol(
-        task="caption", data=pairs.path, data_fingerprint=fingerprint(pairs.fingerprint, held.rows), split="held out",
+        task="caption", data=pairs.path, data_fingerprint=fingerprint(pairs.fingerprint, held.rows.tolist()), split="held out",
         settings={"column": column, "decoding": "greedy", "references": MOST_TEXTS}, encoder=str(out),
         encoder_hash=weights_hash(model), seed=config.seed,
     )  # fmt: skip
     result = Result(metrics=metrics, protocol=protocol, seconds=time.monotonic() - began)
-    result.write(out)
+    if world()[0] == 0:
+        result.write(out)
     return result
+
+
+def _begin(out: Path, asked: dict[str, Any], resume: bool) -> None:
+    """Note in the folder what is asked for, or see that an earlier start was asked for the same. Raises `ConfigError`."""
+    note = out / "captioner.json"
+    if not resume and any((out / name).exists() for name in (note.name, "recipe.yaml", "model")):
+        raise ConfigError(
+            f"{out} already holds a captioner or a run. Add --resume to go on with it, or choose another --out."
+        )
+    if note.exists() and (then := json.loads(note.read_bytes())) != asked:
+        parts = [(then, asked, key) for key in ("column", "captions")] + [
+            (then["config"], asked["config"], key) for key in asked["config"]
+        ]
+        differ = "; ".join(f"{key}: {a.get(key)!r} then, {b[key]!r} now" for a, b, key in parts if a.get(key) != b[key])
+        raise ConfigError(f"{out} was begun otherwise ({differ}). Resume with the same, or choose another --out.")
+    barrier()  # all have looked
+    if world()[0] == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        write_atomic(note, json.dumps(asked, indent=2).encode())
+    barrier()
 
 
 def split(pairs: Pairs, column: str, config: CaptionerConfig) -> tuple[Rows, Rows]:
@@ -164,12 +196,12 @@ def split(pairs: Pairs, column: str, config: CaptionerConfig) -> tuple[Rows, Row
                 raise DataError(f"the column {column!r} holds no text but {found!r}: name one of captions with --from.")
             if texts_in(found):
                 ranked.append((key(config.seed, str(values["key"])), row))
-    if len(ranked) < 2:
+    if len(ranked) < 3:
         raise DataError(
-            f"{len(ranked)} rows of {pairs.path!r} have a caption in {column!r}, and a captioner needs two at the very "
-            "least (some hundreds to be of use): one to learn from and one to be tested on. Name another column with --from."
+            f"{len(ranked)} rows of {pairs.path!r} have a caption in {column!r}, and a captioner needs three at the very "
+            "least (some hundreds to be of use): two to learn from and one to be tested on. Name another column with --from."
         )
-    count = min(MOST_HELD_OUT, max(1, round(config.held_out * len(ranked))))
+    count = min(MOST_HELD_OUT, max(1, round(config.held_out * len(ranked))), len(ranked) - 2)
     held = sorted(row for _, row in sorted(ranked)[:count])
     learnt = sorted(row for _, row in sorted(ranked)[count:])
     return Rows(pairs, learnt, []), Rows(pairs, held, [])
@@ -177,10 +209,11 @@ def split(pairs: Pairs, column: str, config: CaptionerConfig) -> tuple[Rows, Row
 
 def _with_others(learnt: Rows, held: Rows, also: list[str], good: float) -> Rows:
     """The rows with a good caption, each as often as makes them the share `good`, and those with other text."""
-    taken = {*learnt.rows, *held.rows}
-    others = [row for row in range(len(learnt.pairs)) if row not in taken] if also else []
-    times = max(1, round(good / max(1 - good, 1e-9) * len(others) / len(learnt))) if good < 1 else 1
-    return Rows(learnt.pairs, learnt.rows * times + (others if good < 1 else []), [learnt.fingerprint, also, good])
+    if good == 1 or not also:
+        return learnt
+    others = np.setdiff1d(np.arange(len(learnt.pairs)), [*learnt.rows, *held.rows], assume_unique=True)
+    times = max(1, round(good / (1 - good) * len(others) / len(learnt)))
+    return Rows(learnt.pairs, np.concatenate([np.tile(learnt.rows, times), others]), [learnt.fingerprint, also, good])
 
 
 def _write_words(learnt: Rows, column: str, out: Path, tower: TowerConfig) -> int:
@@ -188,9 +221,10 @@ def _write_words(learnt: Rows, column: str, out: Path, tower: TowerConfig) -> in
     tokenizer = towers.Tokenizer(towers.build(tower))
     ids = sorted({i for texts in _texts(learnt, column) for i in tokenizer(texts).flatten().tolist()} - {0})
     words = [i for i in ids if _is_word(tokenizer.tokenizer.decode([i]).strip())]
-    out.mkdir(parents=True, exist_ok=True)
-    write_atomic(out / VOCABULARY, json.dumps(ids).encode())
-    write_atomic(out / CLASSES, json.dumps(words).encode())
+    if world()[0] == 0:
+        write_atomic(out / VOCABULARY, json.dumps(ids).encode())
+        write_atomic(out / CLASSES, json.dumps(words).encode())
+    barrier()
     return len(words)
 
 
@@ -306,8 +340,12 @@ class Best:
 
     @property
     def step(self) -> int:
-        """The best so far."""
-        return max(self.history, key=lambda step: (self.history[step]["cider_d"], -step))
+        """The best so far; where CIDEr-D tells nothing (of one picture it is always 0), by content words, then by the loss."""
+        return max(self.history, key=lambda step: (*self._rank(self.history[step]), -step))
+
+    @staticmethod
+    def _rank(scores: dict[str, float]) -> tuple[float, float, float]:
+        return scores["cider_d"], scores["content_f1"], -scores["loss"]
 
     def __call__(self, run: Run) -> bool:
         if not self.history and run.step > run.recipe.train.save_every and self.note.exists():
@@ -317,11 +355,17 @@ class Best:
             model, objective = run.final(), run.trainee.objectives["captioning"]
             assert isinstance(objective, captioning.Objective)
             scores = {"loss": self.held.loss(model, objective)} | self.held.written(model, self.out)
-            self.history[run.step] = scores
-            if self.step == run.step:
-                aside = self.kept.with_name(".best")
-                towers.save(model, aside)
-                shutil.rmtree(self.kept, ignore_errors=True)
-                aside.rename(self.kept)
-            write_atomic(self.note, json.dumps(self.history).encode())
+            self.history[run.step] = same_on_all(scores)
+            if world()[0] == 0:
+                self._write(run, model)
+            barrier()
         return len([step for step in self.history if step > self.step]) >= self.patience
+
+    def _write(self, run: Run, model: towers.Model) -> None:
+        """On the first process: the model, if it is the best, and the scores so far."""
+        if self.step == run.step:
+            aside = self.kept.with_name(".best")
+            towers.save(model, aside)
+            shutil.rmtree(self.kept, ignore_errors=True)
+            aside.rename(self.kept)
+        write_atomic(self.note, json.dumps(self.history).encode())

@@ -8,8 +8,10 @@ Left out on purpose: `lance_ray.add_columns` commits once for the whole table an
 kill would lose everything.
 """
 
+import contextlib
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
@@ -32,24 +34,24 @@ TASK = 8  # batches an actor is given at a time: few enough to lose little, enou
 
 
 def on_ray(
-    job: ColumnJob, work: Work, batches: Iterator[Batch], workers: int | None, gpus: float | None
+    job: ColumnJob, work: Work, batches: Iterator[Batch], workers: int | None, gpus: float | None, task: int = TASK
 ) -> Iterator[Packed]:
     """Make `batches` on a Ray cluster; what comes is in no order. Raises `ConfigError` without Ray or its GPUs."""
-    ray = _ray()
-    started = not ray.is_initialized()
-    if started:
-        ray.init(log_to_driver=False, include_dashboard=False, configure_logging=False)
+    ray, started = _start(log_to_driver=False)
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False  # the engine shows its own
         logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # errors are raised as well
         gpus, workers, beside = _share(ray.cluster_resources(), gpus, workers)
-        blocks = list(iter(lambda: [b._asdict() for b in islice(batches, TASK)], []))
+        # As Arrow at once: the row numbers of a whole table, as Python's, would fill the memory.
+        blocks = [
+            pa.Table.from_pylist(block) for block in iter(lambda: [b._asdict() for b in islice(batches, task)], [])
+        ]
         if not blocks:
             return
         table = (job.pairs.path, job.pairs.filter, job.pairs.version)
-        data = ray.data.from_arrow([pa.Table.from_pylist(block) for block in blocks]).map_batches(
+        data = ray.data.from_arrow(blocks).map_batches(
             _Actor, batch_size=None, batch_format="pyarrow", compute=ray.data.ActorPoolStrategy(size=min(workers, len(blocks))), num_gpus=gpus or None,
-            num_cpus=1, fn_constructor_args=(*table, job.name, job.reads, work, beside),
+            num_cpus=1, fn_constructor_args=(os.getcwd(), *table, job.name, job.reads, work, beside),
         )  # fmt: skip
         for row in data.iter_rows():
             error = row.pop("error")
@@ -79,10 +81,19 @@ class _Actor:
     """A worker on the cluster: loads the work once, then makes batches."""
 
     def __init__(
-        self, path: str, where: str | None, version: int, name: str, reads: list[str], work: Work, beside: int
+        self,
+        folder: str,
+        path: str,
+        where: str | None,
+        version: int,
+        name: str,
+        reads: list[str],
+        work: Work,
+        beside: int,
     ) -> None:
         import torch
 
+        _go_to(folder)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // beside))  # Ray would give it one
         pairs = Pairs.open(path, where, version)
         self.job = ColumnJob(pairs, name, dict(work.writes), work.provenance(), reads)
@@ -95,33 +106,57 @@ class _Actor:
         try:
             self.worker = self.worker or self.load()
             todo = [Batch(**row) for row in batches.to_pylist()]
-            made = [p._asdict() | {"error": ""} for p in work_through(self.job, self.worker, todo)]
-        except CutlineError as e:
-            made = [Packed(0, b"", 0, [], 0)._asdict() | {"error": str(e)}]
+            for packed in work_through(self.job, self.worker, todo):
+                made.append(packed._asdict() | {"error": ""})
+        except CutlineError as e:  # what was made before is kept
+            made.append(Packed(0, b"", 0, [], 0)._asdict() | {"error": str(e)})
         return pa.Table.from_pylist(made, SCHEMA)
 
 
 def call_on_ray(function: Callable[..., T], *args: Any) -> T:
     """Call a function on one machine of the cluster, with a GPU if there is one; what it prints is shown here."""
-    ray = _ray()
-    started = not ray.is_initialized()
-    if started:
-        ray.init(include_dashboard=False, configure_logging=False)
+    ray, started = _start()
     try:
         gpu = min(1.0, ray.cluster_resources().get("GPU", 0.0))
-        result: T = ray.get(ray.remote(num_gpus=gpu, max_retries=0)(function).remote(*args))
+        result: T = ray.get(ray.remote(num_gpus=gpu, max_retries=0)(_there).remote(os.getcwd(), function, *args))
         return result
-    except ray.exceptions.RayTaskError as e:
-        raise (e.cause if isinstance(e.cause, CutlineError) else CutlineError(f"Ray stopped: {e}")) from e
+    except ray.exceptions.RayError as e:
+        cause = getattr(e, "cause", None)
+        raise (cause if isinstance(cause, CutlineError) else CutlineError(f"Ray stopped: {e}")) from e
     finally:
         if started:
             ray.shutdown()
 
 
-def _ray() -> Any:
+def _there(folder: str, function: Callable[..., T], *args: Any) -> T:
+    _go_to(folder)
+    return function(*args)
+
+
+def _go_to(folder: str) -> None:
+    """Relative paths mean here what they mean where the command was given, if the machines share that folder."""
+    with contextlib.suppress(OSError):
+        os.chdir(folder)
+
+
+def _start(**options: Any) -> tuple[Any, bool]:
+    """Ray, and whether it was started or joined just now. Raises `ConfigError` where there is none."""
     try:
         import ray
         import ray.data
     except ImportError as e:
         raise ConfigError("--on ray needs Ray: pip install 'cutline[ray]'.") from e
-    return ray
+    if ray.is_initialized():
+        return ray, False
+    address = os.environ.get("RAY_ADDRESS", "")
+    host, colon, port = address.rpartition(":")
+    try:
+        if colon and port.isdigit() and "/" not in host:  # Ray itself would wait for minutes
+            socket.create_connection((host, int(port)), timeout=10).close()
+        ray.init(include_dashboard=False, configure_logging=False, **options)
+    except (OSError, ConnectionError, RuntimeError) as e:
+        raise ConfigError(
+            f"no Ray cluster answers at RAY_ADDRESS={address!r} ({e}). Start it (ray start --head), or unset RAY_ADDRESS "
+            "to start one on this machine." if address else f"Ray does not start: {e}"
+        ) from e  # fmt: skip
+    return ray, True

@@ -111,6 +111,7 @@ def import_work(pairs: Pairs, config: ImportConfig, name: str = "dr", show: bool
     pairs.check_columns([by, config.alt])
     paths = [p for pattern in config.shards for p in matching_files(pattern)]
     shards = Shards(paths, by_key=by == "key", show=show)
+    _check_uids(pairs, by, shards)
     work = ImportWork(config, by, name, shards, {config.alt: digest_of(pairs, config.alt)})
     _check_width(work)
     return work
@@ -128,6 +129,20 @@ def parse_teachers(text: str) -> list[Teacher]:
             )
         found.append(Teacher(name=match[1], width=int(match[2]), logit_scale=float(match[3] or 100)))
     return found
+
+
+def _check_uids(pairs: Pairs, by: str, shards: Shards) -> None:
+    """Raise `DataError` if no row is in the shards."""
+    first = None
+    for batch in pairs.dataset.scanner(columns=[by], filter=pairs.filter).to_batches():
+        for uid in batch[by].drop_null().to_pylist():
+            first = first or uid
+            if str(uid) in shards:
+                return
+    raise DataError(
+        f"no row of {pairs.path!r} is in the shards: rows are joined by the column {by!r} (there is {first!r}), samples by "
+        f"{'their names' if shards.by_key else 'the uid in their json'} (there is {shards.example!r}). Name another column with by=COLUMN."
+    )
 
 
 def _check_width(work: ImportWork) -> None:

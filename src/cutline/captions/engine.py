@@ -13,7 +13,7 @@ from itertools import chain
 from math import sqrt
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from cutline.captions.report import WorkReport
 from cutline.captions.steps import Batch, Packed, work_through
@@ -23,11 +23,12 @@ from cutline.errors import DataError
 from cutline.pairs import Pairs
 from cutline.pairs.adding import begun, check_new
 from cutline.pairs.columns import ColumnJob
-from cutline.pairs.report import Count
+from cutline.pairs.report import count
 from cutline.progress import Tick, progress
 
 JUDGED = 100  # rows seen before the share of failed ones is judged
-FIRM = 5.0  # seconds of work from which the rate is firm enough to estimate by
+FIRM, QUICK = 5.0, 0.5  # seconds of work from which the rate is firm enough to tell, and where one waits for it
+BURST = 0.1  # seconds: batches that come together were made together, and say nothing of the rate
 LONG = 60.0  # seconds from which a run is long enough to be told what it will cost
 
 
@@ -49,6 +50,12 @@ class RunConfig(Config):
     restart: bool = False
     estimate: bool = False
 
+    @model_validator(mode="after")
+    def _fits(self) -> "RunConfig":
+        if self.on == "local" and (self.workers is not None or self.gpus is not None):
+            raise ValueError("workers and gpus are for on='ray' (--on ray); here one process works")
+        return self
+
 
 def run(
     pairs: Pairs, work: Work, name: str, config: RunConfig, show: bool = True, say: Callable[[str], None] = print
@@ -60,6 +67,9 @@ def run(
     exist, for another job under the name, and when more than `config.max_bad` of the rows fail.
     """
     pairs.check_columns(work.reads)
+    if not len(pairs):
+        raise DataError(f"no row of {pairs.path!r} passes the filter {pairs.filter!r}, so there is nothing to do." if pairs.filter
+                        else f"{pairs.path!r} has no rows.")  # fmt: skip
     job = ColumnJob(pairs, name, dict(work.writes), work.provenance(), ["key", *work.reads])
     report = WorkReport(columns=list(work.writes), rows=len(pairs))
     if not check_new(job):
@@ -70,7 +80,7 @@ def run(
             made = _local(job, work, batches) if config.on == "local" else _ray(job, work, batches, config)
             _write(job, made, report, config, left, tick, say)
         report.failed, report.again = job.failures()
-        if config.estimate and report.done < left:
+        if config.estimate:
             return pairs, report
         report.demand(config.max_bad, config.accept)
         job.commit()
@@ -78,8 +88,15 @@ def run(
 
 
 def _batches(job: ColumnJob, config: RunConfig) -> tuple[Iterator[Batch], int]:
-    """What is still to be made, and how many rows that is."""
+    """What is still to be made, and how many rows that is.
+
+    Where an earlier start was stopped because too many rows had failed, its failed rows are made again.
+    """
     missing = [job.missing(piece) for piece in range(job.pieces)]
+    failed, again = job.failures()
+    stored = len(job.pairs) - sum(map(len, missing)) + again
+    if stored and sum(c.n for c in failed.values()) > config.max_bad * stored:
+        missing = [job.missing(piece, retry=True) for piece in range(job.pieces)]
 
     def cut() -> Iterator[Batch]:
         for piece, rows in enumerate(missing):
@@ -102,18 +119,20 @@ def _write(
         report.seconds = time.monotonic() - begun
         tick(packed.rows)
         for reason in packed.failed:
-            report.failed.setdefault(reason, Count()).add("")
+            count(report.failed, reason, "")
         _judge(report, config.max_bad)
         seconds, rows = report.seconds - warm[0], report.done - warm[1]
-        if not warm[1]:
+        if not warm[1] or seconds < BURST:
             warm = (report.seconds, report.done)
-        elif not told and (seconds > FIRM or config.estimate):
+        elif not told and seconds > (QUICK if config.estimate else FIRM):
             told = True
             whole = seconds / rows * left
             if config.estimate or whole > LONG:
                 say(_cost(left, rows / seconds, whole, report.tokens / report.done * left))
             if config.estimate:
                 return
+    if config.estimate and report.done:
+        say(f"all {report.done:,} rows were made in {report.seconds:,.1f} s, loading included")
 
 
 def _cost(rows: int, rate: float, seconds: float, tokens: float) -> str:
@@ -135,7 +154,8 @@ def _judge(report: WorkReport, max_bad: float) -> None:
         reasons = "; ".join(f"{reason} ({c.n:,})" for reason, c in report.failed.items())
         raise DataError(
             f"{report.bad:,} of the first {report.done:,} rows failed, more than the {max_bad:.0%} allowed: {reasons}. "
-            "What was made is kept. Put the cause right and run the same command again, or allow more with --max-bad."
+            "What was made is kept. Put the cause right and run the same command again, which tries the failed rows once more, "
+            "or allow more with --max-bad."
         )
 
 
@@ -146,6 +166,6 @@ def _local(job: ColumnJob, work: Work, batches: Iterator[Batch]) -> Iterator[Pac
 
 
 def _ray(job: ColumnJob, work: Work, batches: Iterator[Batch], config: RunConfig) -> Iterator[Packed]:
-    from cutline.captions.cluster import on_ray
+    from cutline.captions.cluster import TASK, on_ray
 
-    return on_ray(job, work, batches, config.workers, config.gpus)
+    return on_ray(job, work, batches, config.workers, config.gpus, 1 if config.estimate else TASK)

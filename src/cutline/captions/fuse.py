@@ -25,7 +25,7 @@ from pydantic import Field
 
 from cutline import record
 from cutline.captions.clean import CONTEXT, tidy
-from cutline.captions.generator import Ask, AskWorker, Sampling, text_of
+from cutline.captions.generator import Ask, AskWorker, Sampling, demand_texts, text_of
 from cutline.captions.rules import texts_of
 from cutline.captions.vlm import Source
 from cutline.captions.work import Failed, Row
@@ -46,7 +46,7 @@ def read_prompts(name: str, inputs: Sequence[str]) -> list[str]:
     Raises `ConfigError` for a file that cannot be read, and for prompts that do not fit the inputs.
     """
     if name not in PROMPTS:
-        prompts = _parts(text_of(name))
+        prompts = _parts(text_of(name, f"Check the path, or take one of {', '.join(PROMPTS)}."))
         check_prompts(prompts, inputs, f"the prompt file {name!r}")
         return prompts
     file = importlib.resources.files("cutline.captions") / "prompts" / f"{name}.txt"
@@ -131,7 +131,8 @@ class FuseWork(Config):
     def provenance(self) -> Provenance:
         return Provenance(
             how="caption fuse", model=self.source.name(), prompt="\n---\n".join(self.prompts),
-            sampling=self._each.noted() | {"num": self.sampling.num}, inputs=self.inputs, settings={"limit": self.limit},
+            sampling=self._each.noted() | {"num": self.sampling.num}, inputs=self.inputs,
+            settings={"limit": self.limit} | self.source.noted(sees=False),
         )  # fmt: skip
 
     def load(self) -> AskWorker:
@@ -139,6 +140,7 @@ class FuseWork(Config):
         return AskWorker(generator, self._asks, self.column, self.sampling.num > 1, self.limit)
 
     def _asks(self, row: Row) -> list[Ask] | str | Failed:
+        demand_texts(row, self.inputs)
         texts = texts_of(row, self.inputs)
         if not texts:
             return Failed("no text")

@@ -19,7 +19,7 @@ from pydantic import Field
 from cutline.captions.clean import clean
 from cutline.captions.work import Failed, Row, Worker
 from cutline.config import Config
-from cutline.errors import ConfigError
+from cutline.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
@@ -104,31 +104,46 @@ class AskWorker(Worker):
         return [self._value([next(answers) for _ in p] if isinstance(p, list) else p) for p in plan]
 
     def _value(self, got: "list[Sequence[str | Failed] | Failed] | str | Failed") -> Mapping[str, Any] | Failed:
-        """Of a row: its clean answers, or the first reason why there is none."""
+        """Of a row: its clean answers, each once, or why there is none, or why some may yet be had."""
         if isinstance(got, Failed):
             return got
         if isinstance(got, str):
             return {self.column: [got] if self.many else got}
         flat = [answer for answers in got for answer in ([answers] if isinstance(answers, Failed) else answers)]
         cleaned = [a if isinstance(a, Failed) else clean(a, self.limit) for a in flat]
-        good = [c for c in cleaned if isinstance(c, str)]
+        failed = [c for c in cleaned if isinstance(c, Failed)]
+        if lost := [f for f in failed if f.again]:  # else a busy server would leave rows with fewer answers, unsaid
+            return lost[0]
+        good = list(dict.fromkeys(c for c in cleaned if isinstance(c, str)))
         if not good:
-            return next((c for c in cleaned if isinstance(c, Failed)), Failed("empty"))
+            return failed[0] if failed else Failed("empty")
         return {self.column: good if self.many else good[0]}
 
 
 def brief(said: object) -> str:
     """An error's text on one short line and without numbers, so that equal reasons are counted as one."""
-    return re.sub(r"\d+", "#", " ".join(str(said).split()))[:100]
+    text = str(said).encode("utf-8", "replace").decode()  # a half of a surrogate could not be stored
+    return re.sub(r"\d+", "#", " ".join(text.split()))[:100]
 
 
-def text_of(path: str | Path) -> str:
-    """The text of a prompt file; raises `ConfigError` if it cannot be read or is empty."""
+def demand_texts(row: Row, columns: Sequence[str]) -> None:
+    """Raise `DataError` for a column that holds neither texts nor lists of texts, such as a width or a picture."""
+    for name in columns:
+        value = row[name]
+        first = next((v for v in value if v is not None), None) if isinstance(value, list) else value
+        if first is not None and not isinstance(first, str):
+            raise DataError(
+                f"the column {name!r} holds no text, but a {type(first).__name__}. Name columns of text with --inputs."
+            )
+
+
+def text_of(path: str | Path, todo: str = "Check the path.") -> str:
+    """The text of a prompt file; raises `ConfigError` if it cannot be read (todo: what to do then) or is empty."""
     try:
         text = Path(path).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"cannot read the prompt file {str(path)!r}: {reason}. Check the path.") from e
+        raise ConfigError(f"cannot read the prompt file {str(path)!r}: {reason}. {todo}") from e
     if not text:
         raise ConfigError(f"the prompt file {str(path)!r} is empty. Write into it what the model shall be asked.")
     return text

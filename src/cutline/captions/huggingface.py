@@ -53,7 +53,7 @@ class HfModel(Config):
             parts = Path(str(cached_file(self.model, "config.json"))).parts
         return f"hf:{self.model}@{parts[-2]}"
 
-    def noted(self) -> dict[str, Any]:
+    def noted(self, sees: bool) -> dict[str, Any]:
         return {}
 
     def load(self, sampling: Sampling, sees: bool) -> "HfGenerator":
@@ -63,6 +63,10 @@ class HfModel(Config):
 @cache
 def _hash(state: tuple[tuple[str, int, int], ...]) -> str:
     return record.hash_files(path for path, _, _ in state)
+
+
+class TooLong(ValueError):
+    """A prompt that leaves no room for an answer: a model of fixed positions would crash, others talk nonsense."""
 
 
 class HfGenerator:
@@ -83,7 +87,10 @@ class HfGenerator:
             )
         self.model.to(self.device).eval()
         self.type = str(self.model.config.model_type)
-        self.chat = bool(getattr(self.processor, "chat_template", None) or self.tokenizer.chat_template)
+        self.chat = bool(template := getattr(self.processor, "chat_template", None))  # of the one that would apply it
+        # Thinking would use up the tokens. Of templates that do not know the word, processors would warn in each row.
+        self.quiet = {"enable_thinking": False} if "enable_thinking" in str(template) else {}
+        self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 0  # tokens
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         if not getattr(self.model.config, "is_encoder_decoder", False):
@@ -98,7 +105,8 @@ class HfGenerator:
             return asks, {}, self._encode(asks)
         except (ValueError, RuntimeError, TypeError, IndexError, ZeroDivisionError) as e:
             if len(asks) == 1:
-                return asks, {0: Failed(f"refused by the processor: {brief(e) or type(e).__name__}")}, None
+                why = "" if isinstance(e, TooLong) else "refused by the processor: "
+                return asks, {0: Failed(why + (brief(e) or type(e).__name__))}, None
         # Each alone, to find which: it happens rarely.
         refused = {i: bad[0] for i, (_, bad, _) in enumerate(self.prepare([ask]) for ask in asks) if bad}
         if not refused:
@@ -121,7 +129,11 @@ class HfGenerator:
             begun = self.chat and (self.processor is self.tokenizer or (bool(bos) and texts[0].startswith(bos)))
             options |= {"padding": True} | ({"add_special_tokens": False} if begun or self.type == "git" else {})
         if not self.sees:
-            return self.tokenizer(texts, return_token_type_ids=False, **options)
+            inputs = self.tokenizer(texts, return_token_type_ids=False, **options)
+            decodes = not getattr(self.model.config, "is_encoder_decoder", False)  # on from the prompt, in its context
+            if 0 < self.context < inputs["input_ids"].shape[1] + decodes * self.sampling.max_new_tokens:
+                raise TooLong("prompt longer than the model's context")
+            return inputs
         if self.chat:
             return self.processor(text=texts, images=[[p] for p in pictures], **options)
         if any(texts):
@@ -135,7 +147,8 @@ class HfGenerator:
             if self.sees:
                 content.insert(0, {"type": "image"})
             messages = [{"role": "user", "content": prompt if self.processor is self.tokenizer else content}]
-            return str(self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
+            options = {"add_generation_prompt": True, "tokenize": False} | self.quiet
+            return str(self.processor.apply_chat_template(messages, **options))
         if not self.sees:
             return prompt
         text = prompt or TASK_PROMPTS.get(self.type, "")

@@ -18,7 +18,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import Field
+from rich.markup import escape
 
+from cutline.captions.work import is_list
 from cutline.config import Config
 from cutline.errors import DataError
 from cutline.pairs import Pairs, Provenance
@@ -51,7 +53,9 @@ class CaptionReport(Config):
     skipped: dict[str, Count] = Field(default_factory=dict)
 
     def __rich__(self) -> str:
-        lost = "".join(f"\n  left out, {why}: {c.n:,} ({', '.join(c.examples)})" for why, c in self.skipped.items())
+        lost = escape(
+            "".join(f"\n  left out, {why}: {c.n:,} ({', '.join(c.examples)})" for why, c in self.skipped.items())
+        )
         return (
             f"[bold]{self.column}[/bold]: {self.filled:,} of {self.rows:,} rows have a caption; of {self.captions:,} "
             f"read, {self.unmatched:,} match no row and {self.duplicates:,} are a second one of a row{lost}"
@@ -154,7 +158,7 @@ class _Join:
         for start in range(0, len(self.place), PIECE):
             place = self.place[start : start + PIECE]
             found = texts.take(pa.array(place, mask=place < 0))
-            yield {column: (found if pa.types.is_list(kind) else pc.list_element(found, 0)).cast(kind)}
+            yield {column: (found if is_list(kind) else pc.list_element(found, 0)).cast(kind)}
 
 
 def _read(path: Path, by: str, field: str, report: CaptionReport) -> Iterator[tuple[pa.Array, pa.Array]]:
@@ -179,7 +183,7 @@ def _parquet(path: Path, by: str, field: str) -> Iterator[tuple[pa.Array, pa.Arr
             _check_fields(path, [by, field], file.schema_arrow.names)
             for batch in file.iter_batches(BLOCK, columns=[by, field]):
                 texts = batch[field]
-                if not pa.types.is_list(texts.type):
+                if not is_list(texts.type):
                     texts = pa.ListArray.from_arrays(pa.array(range(len(texts) + 1), pa.int32()), texts)
                 yield batch[by].cast(pa.large_string()), texts.cast(LISTS)
     except pa.ArrowException as e:
@@ -260,6 +264,8 @@ def json_items(text: TextIO) -> Iterator[tuple[str | None, Any]]:
             whole = end < len(buffer) and buffer[end] in " \t\r\n,:]}"  # else a number may go on
         except ValueError:
             whole = False
+        except RecursionError as e:
+            raise ValueError("a value is nested too deeply") from e
         if not whole:
             more = text.read(CHUNK)
             if not more or len(buffer) - at > LONGEST:

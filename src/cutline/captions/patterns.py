@@ -65,7 +65,8 @@ BOILERPLATE = re.compile(
         r"|view|screen|details?))*",
         r"\bclick here\b",
         rf"\b{_PICTURE}(?: (?:is )?(?:credits?|courtesy|source|copyright))(?: of| by)?\s?:?\s?(?:{_PERSON})?",
-        rf"\b(?:{_PICTURE} |taken |posted |uploaded |submitted |written |published |shot |image )+by:? {_PERSON}",
+        # At most four: a run of them without end would be gone through again from each.
+        rf"\b(?:(?:{_PICTURE}|taken|posted|uploaded|submitted|written|published|shot) ){{1,4}}by:? {_PERSON}",
         r"\b(?:posted|published|uploaded|updated|added|taken|filed)(?: on| in| at)?(?=\W|$)",
         rf"\b{_PICTURE} may contain\b:?(?: ?(?:indoor|outdoor|text|nature|one or more people)s?\b,?)*",
         rf"\b(?:no|missing) (?:{_PICTURE}|description|caption|alt text|title|preview|thumbnail)"
@@ -78,8 +79,8 @@ BOILERPLATE = re.compile(
         r"(?:©|\(c\)|\bcopyright\b|\ball rights reserved\b)(?: ?(?:19|20)\d\d(?:-\d+)?)?",
         r"\b(?:page|slide|figure|fig\.?|image|photo|picture|part|item|no\.?|#) ?\d+(?: ?(?:of|/) ?\d+)?\b",
         r"\b(?:advertisement|sponsored|loading|skip to content|sign (?:in|up)|log ?in|subscribe|newsletter|privacy policy"
-        r"|terms of (?:use|service)|cookies?|sharethis|permalink|your browser does not support\b.*|play video"
-        r"|source: \S+|via \S+\.\w+)\b",
+        r"|terms of (?:use|service)|(?:accept|use|our) cookies|sharethis|permalink|your browser does not support\b.*"
+        r"|play video|source: \S+|via \S+\.\w+)\b",
         r"\b(?:alt(?:ernative)? text|caption|description|title)(?: here)?$",
     )),
     re.IGNORECASE,
@@ -90,7 +91,7 @@ _TRIGGERS = frozenset(
     """click tap press hover credit credits courtesy source copyright by posted published uploaded updated added taken
     filed contain no missing featured header hero cover default related main thumbnail profile preview banner sample read
     see view load show learn find share follow like pin tweet c reserved advertisement sponsored loading skip sign log
-    login subscribe newsletter privacy terms cookie cookies sharethis permalink browser play via alt alternative caption
+    login subscribe newsletter privacy terms cookies sharethis permalink browser play via alt alternative caption
     description title page slide figure fig part item jan january feb february mar march apr april may jun june jul july
     aug august sep sept september oct october nov november dec december http https www com org net edu gov info io co eu de fr es uk shop""".split()
 )

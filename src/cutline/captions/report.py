@@ -46,6 +46,7 @@ class WorkReport(Config):
 
     def __rich__(self) -> Any:
         from rich.console import Group
+        from rich.markup import escape
         from rich.table import Table
 
         rate = f", {self.done / self.seconds:,.1f} rows/s" if self.seconds and self.done else ""
@@ -55,5 +56,5 @@ class WorkReport(Config):
             return title
         table = Table("no value because", "count", "examples")
         for reason, c in sorted(self.failed.items(), key=lambda item: -item[1].n):
-            table.add_row(reason, f"{c.n:,}", ", ".join(c.examples))
+            table.add_row(escape(reason), f"{c.n:,}", escape(", ".join(c.examples)))
         return Group(title, table)

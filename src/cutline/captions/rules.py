@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import Field
 
 from cutline.captions.clean import CONTEXT, tidy
+from cutline.captions.generator import demand_texts
 from cutline.captions.patterns import (
     FOREIGN,
     MEDIA,
@@ -29,8 +30,10 @@ from cutline.pairs import Provenance
 
 MAX_TOKENS = 256  # of CLIP's tokeniser, of a text that is fused: alt text that is longer is a page of text
 MAX_NAMES, MAX_WORDS = 3, 5  # names that are appended, and words of one: more is a sentence, or a list of search terms
-_PART = re.compile(r"[|,;:!?()\[\]{}\"“”«»/•–—\n]+|\.(?=\s|$)|\s-+\s|\s\+\s")
-_WORD = re.compile(r"[^\W_]+(?:['’.&-][^\W_]+)*|&")
+# A full stop parts, but not after a title that a name begins with: St. Bernard.
+_TITLE = r"\b(?i:St|Mr|Mrs|Ms|Dr)\.(?=\s)"
+_PART = re.compile(r"[|,;:!?()\[\]{}\"“”«»/•–—\n]+|(?<!\b(?i:St|Mr|Ms|Dr))(?<!\b(?i:Mrs))\.(?=\s|$)|\s-+\s|\s\+\s")
+_WORD = re.compile(rf"{_TITLE}|[^\W_]+(?:['’.&-][^\W_]+)*|&")
 _JOINING = frozenset(
     ("the", "de", "da", "di", "du", "des", "del", "la", "le", "von", "van", "and", "&")
 )  # within a capitalised name
@@ -76,7 +79,7 @@ def _names_in(part: str) -> list[str]:
     runs: list[list[str]] = [[]]
     waiting = ""  # a word that belongs into the name only if another follows
     for word in _WORD.findall(part):
-        run = runs[-1]
+        run, low = runs[-1], word.lower()
         if _carries(word):
             named = bool(run) and word[0].isupper() and run[-1][0].isupper()
             if run and (waiting == "of" or (waiting.strip() and named)):
@@ -88,8 +91,8 @@ def _names_in(part: str) -> list[str]:
             waiting = ""
         elif run and not waiting and any(c.isdigit() for c in word) and run[-1].lower() != run[-1]:
             run.append(word)  # Boeing 747
-        elif run and not waiting and (word.lower() == "of" or word.lower() in _JOINING):
-            waiting = word
+        elif run and not waiting and (low == "of" or low in _JOINING or (low == "in" and len(run) <= 2)):
+            waiting = word  # "in" within short names alone: Alice in Wonderland
         else:
             waiting = " "  # ends the run
     return [" ".join(run[:MAX_WORDS]) for run in runs if run]
@@ -106,7 +109,7 @@ def _carries(word: str) -> bool:
 
 def _stems(text: str) -> set[str]:
     """Words without endings of the plural, for comparing."""
-    words = (w.lower().removesuffix("'s").removesuffix("’s") for w in _WORD.findall(text))
+    words = (w.lower().removesuffix("'s").removesuffix("’s").removesuffix(".") for w in _WORD.findall(text))
     return {re.sub(r"(?<=\w{2})(?:ies|y|es|e|s)$", "", w) for w in words}
 
 
@@ -114,7 +117,7 @@ def fuse_by_rules(alt: str, caption: str) -> str:
     """The caption, with the names of the alt text that it lacks: "CAPTION, NAME, NAME and NAME"."""
     have, lacking = _stems(caption), list[str]()
     for name in names_of(alt):
-        if not _stems(name) - _JOINING - {"of"} <= have:
+        if not _stems(name) - _JOINING - {"of", "in"} <= have:
             lacking.append(name)
             have |= _stems(name)
     if not lacking:
@@ -158,6 +161,7 @@ class RulesWorker(Worker):
 
     def _one(self, row: Row) -> Mapping[str, Any] | Failed:
         alt, caption = self.work.inputs
+        demand_texts(row, self.work.inputs)
         texts = texts_of(row, self.work.inputs)
         if not texts:
             return Failed("no text")

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from cutline.captions.score.base import holds_lists, listed, scored_column
-from cutline.captions.work import Made, Row, Work, Worker
+from cutline.captions.work import Made, Row, Work, Worker, is_list
 from cutline.config import Config
 from cutline.errors import DataError
 from cutline.pairs import Pairs, Provenance
@@ -132,14 +132,17 @@ def _top_fraction(pairs: Pairs, config: SelectConfig, name: str) -> Choice:
     """
     (column,), (by,) = config.columns, config.by
     many = _same_shape(pairs, column, by)
-    values = np.concatenate([*_scores(pairs, by), np.empty(0)])
+    values = np.concatenate([*_scores(pairs, by, of=column), np.empty(0)])
     if not len(values):
         raise DataError(f"no caption has a score in {by!r}, so there is no best fraction of them.")
     count = max(1, math.floor((config.fraction or 0) * len(values) + 0.5))
-    threshold = float(np.partition(values, len(values) - count)[len(values) - count])
+    values.partition(len(values) - count)
+    threshold = float(values[len(values) - count])
     more = count - int((values > threshold).sum())  # of those at the threshold
     ties = int((values == threshold).sum())
-    last = 2**64 - 1 if more == ties else int(np.partition(_hashes_at(pairs, by, threshold), more - 1)[more - 1])
+    last = (
+        2**64 - 1 if more == ties else int(np.partition(_hashes_at(pairs, by, column, threshold), more - 1)[more - 1])
+    )
     known = {"threshold": threshold, "chosen": count, "of": len(values), "ties": ties, "last": f"{last:016x}"}
     rule = Above(column, by, threshold, last, many)
     return Choice(config, {name: pairs.schema.field(column).type}, rule, known)
@@ -203,13 +206,20 @@ def _alip(pairs: Pairs, config: SelectConfig, name: str) -> Choice:
     is that of the set: what such an average estimates.
     """
     for column in (*config.columns, *config.by):
-        if pa.types.is_list(pairs.schema.field(column).type):
+        if is_list(pairs.schema.field(column).type):
             raise DataError(f"the rule alip weighs one raw text and one caption a row, and {column!r} holds lists.")
+    raw, caption = config.columns
+    for by, score, column in zip(config.by, ("cosine", "cosine", "alt_cosine"), (raw, caption, caption), strict=True):
+        _check_cosine(pairs, by, score, column)
     _check_comparable(pairs, config.by)
     means = []
     for by in config.by:
         total, count = 0.0, 0
         for values in _scores(pairs, by):
+            if (np.abs(values) > 1.001).any():
+                raise DataError(
+                    f"{by!r} holds no cosines (there is {values[np.abs(values).argmax()]:g}), which alip weighs by."
+                )
             total, count = total + float(values.sum()), count + len(values)
         if not count:
             raise DataError(f"no row has a score in {by!r}, so it gives no weights.")
@@ -233,22 +243,26 @@ class Alip:
         return (raw * both, caption * both) if both < 1 else (1.0, 1.0)
 
 
-def _scores(pairs: Pairs, column: str) -> Iterator[NDArray[np.float64]]:
-    """The scores that are there, without null and NaN, batch by batch; of lists all elements."""
-    scanner = pairs.dataset.scanner(columns=[column], filter=pairs.filter)
+def _scores(pairs: Pairs, column: str, of: str | None = None) -> Iterator[NDArray[np.float64]]:
+    """The scores that are there, without null and NaN, batch by batch; of lists all elements.
+
+    of: a column of captions; rows without one do not count.
+    """
+    scanner = pairs.dataset.scanner(columns=list(dict.fromkeys([column, of or column])), filter=pairs.filter)
     for batch in scanner.to_batches():
-        values = batch.column(0)
-        if pa.types.is_list(values.type):
+        values = batch[column] if of is None else batch[column].filter(batch[of].is_valid())
+        if is_list(values.type):
             values = values.flatten()
         numbers = values.drop_null().cast(pa.float64()).to_numpy(zero_copy_only=False)
         yield numbers[~np.isnan(numbers)]
 
 
-def _hashes_at(pairs: Pairs, column: str, score: float) -> NDArray[np.uint64]:
-    """The hashes of the captions that have exactly this score; 8 bytes each."""
+def _hashes_at(pairs: Pairs, column: str, of: str, score: float) -> NDArray[np.uint64]:
+    """The hashes of the captions (in the column `of`) that have exactly this score; 8 bytes each."""
     found = [np.empty(0, np.uint64)]
-    for batch in pairs.dataset.scanner(columns=["key", column], filter=pairs.filter).to_batches():
-        keys, cells = batch.column(0), batch.column(1).to_pylist()
+    for batch in pairs.dataset.scanner(columns=["key", column, of], filter=pairs.filter).to_batches():
+        there = batch.filter(batch[of].is_valid())
+        keys, cells = there["key"], there[column].to_pylist()
         at = [(r, i) for r, cell in enumerate(cells) for i, s in enumerate(_listed(cell)) if s == score]
         found.append(np.array([_hash(keys[r].as_py(), i) for r, i in at], np.uint64))
     return np.concatenate(found)
@@ -266,15 +280,29 @@ def _listed(value: Any) -> Sequence[Any]:
 def _check_score(pairs: Pairs, column: str) -> None:
     pairs.check_columns([column])
     kind = pairs.schema.field(column).type
-    inner = kind.value_type if pa.types.is_list(kind) else kind
+    inner = kind.value_type if is_list(kind) else kind
     if not (pa.types.is_floating(inner) or pa.types.is_integer(inner) or pa.types.is_boolean(inner)):
         raise DataError(f"the column {column!r} of {pairs.path!r} holds {kind}, not scores: name a column of numbers.")
+
+
+def _check_cosine(pairs: Pairs, by: str, score: str, column: str) -> None:
+    """Raise `DataError` if `by` is known not to be this score of `column`."""
+    made = pairs.provenance(by)
+    scored = scored_column(made)
+    if made is not None and scored is not None:
+        name = by.removeprefix(f"{made.settings.get('prefix', '')}_")
+        if (name, scored) != (score, column):
+            raise DataError(
+                f"alip weighs by the cosines of picture and raw text, picture and caption, raw text and caption, in this order, "
+                f"and {by!r} is {name} of {scored!r} where {score} of {column!r} belongs. Make it with: cutline caption score "
+                f"--column {column} --with MODEL --only cosine,alt_cosine"
+            )
 
 
 def _same_shape(pairs: Pairs, column: str, by: str) -> bool:
     """Whether both hold lists; raises `DataError` if `by` cannot be, or is known not to be, the scores of `column`."""
     many = holds_lists(pairs, column)
-    if pa.types.is_list(pairs.schema.field(by).type) != many:
+    if is_list(pairs.schema.field(by).type) != many:
         raise DataError(
             f"{by!r} does not hold the scores of {column!r}: one has a list in each row, the other has not."
         )

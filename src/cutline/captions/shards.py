@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.markup import escape
 
 from cutline.errors import DataError
 from cutline.pairs.report import Count
@@ -38,6 +39,7 @@ class Shards:
     def __init__(self, paths: Sequence[str | Path], by_key: bool = False, show: bool = True) -> None:
         self.paths, self.by_key = [str(p) for p in paths], by_key
         self.skipped: dict[str, Count] = {}
+        self.example = ""  # one of the uids
         self._files: dict[int, int] = {}  # shard → descriptor
         parts = []
         with progress("index", len(self.paths), "tars", show) as tick:
@@ -57,16 +59,23 @@ class Shards:
 
     def __rich__(self) -> str:
         lost = "".join(f"\n  {why}: {c.n:,} ({', '.join(c.examples)})" for why, c in self.skipped.items())
-        return f"{len(self):,} samples in {len(self.paths):,} tars{lost}"
+        return escape(f"{len(self):,} samples in {len(self.paths):,} tars{lost}")
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_files": {}}
 
+    def __contains__(self, uid: str) -> bool:
+        return self._place(uid) is not None
+
     def sample(self, uid: str) -> Sample | None:
         """The sample of a uid, or None. Raises `Broken`."""
+        place = self._place(uid)
+        return None if place is None else self._read(place)
+
+    def _place(self, uid: str) -> int | None:
         hashed = np.uint64(_hash(uid))
         place = int(np.searchsorted(self.places["uid"], hashed))
-        return self._read(place) if place < len(self) and self.places["uid"][place] == hashed else None
+        return place if place < len(self) and self.places["uid"][place] == hashed else None
 
     def first(self, count: int) -> Iterator[Sample]:
         """The first samples that can be read."""
@@ -97,6 +106,7 @@ class Shards:
             for name, at, size in members(window):
                 stem, extension = _split(name)
                 if stem != key:
+                    self.example = self.example or uid
                     if uid:
                         yield uid, start, end - start
                     elif key:
@@ -113,6 +123,7 @@ class Shards:
                 key = uid = ""  # its last sample may lack a member
         finally:
             os.close(fd)
+        self.example = self.example or uid
         if uid:
             yield uid, start, end - start
         elif key:

@@ -21,14 +21,14 @@ OPENAI, HF = "openai:", "hf:"
 def source_of(spec: str) -> HfModel | Server:
     """What `--with` names: "hf:FOLDER or ID", or "openai:URL#MODEL" of a server with the protocol of OpenAI.
 
-    A URL without #MODEL asks the server which model it has. Raises `ConfigError` for anything else, and `DataError` if the
-    server is away.
+    A URL without #MODEL is of a server with one model, which it is asked for when work begins. Raises `ConfigError` for
+    anything else.
     """
     if spec.startswith(HF) and len(spec) > len(HF):
         return check(HfModel, {"model": spec.removeprefix(HF)})
     if spec.startswith(OPENAI):
         url, _, model = spec.removeprefix(OPENAI).partition("#")
-        return check(Server, {"url": url, "model": model}).resolved()
+        return check(Server, {"url": url, "model": model})
     raise ConfigError(
         f"{spec!r} names no model. Use hf:FOLDER or hf:ID for a model of transformers, "
         "or openai:URL#MODEL for a server, such as openai:http://localhost:8000/v1#Qwen/Qwen2.5-VL-7B-Instruct."
@@ -66,7 +66,7 @@ class VlmWriter(Config):
     def provenance(self) -> Provenance:
         return Provenance(
             how="caption write", model=self.source.name(), prompt=self._prompt, sampling=self.sampling.noted(),
-            inputs=["image"], settings={"limit": self.limit} | self.source.noted(),
+            inputs=["image"], settings={"limit": self.limit} | self.source.noted(sees=True),
         )  # fmt: skip
 
     @property

@@ -64,11 +64,16 @@ def picture_of(row: Row) -> Image.Image | Failed:
     """The upright RGB picture of a row that was read with "image"."""
     data = row["image"]
     if data is None:
-        return Failed(f"picture cannot be read: {row.get('error', 'none stored')}".split(":")[0])
+        return Failed(f"picture cannot be read: {str(row.get('error', 'none stored')).rpartition(': ')[2]}")
     try:
         return Image.fromarray(decode(data) if isinstance(data, bytes) else data)
     except BadPicture as e:
         return Failed(f"picture: {e.reason}")
+
+
+def is_list(kind: pa.DataType) -> bool:
+    """Whether a column of this type has a list in each row."""
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 def texts_in(value: str | list[str | None] | None) -> list[str]:

@@ -13,6 +13,7 @@ from cutline.captions.work import Work
 from cutline.config import Config, apply, check
 from cutline.errors import ConfigError
 
+TAKEN = ("column", "model", "inputs", "source.kind", "source.model", "source.url")  # what other options say
 C = TypeVar("C", bound=Config)
 
 
@@ -33,18 +34,30 @@ def writer(
 
 
 def fuser(
-    model: str, inputs: list[str], column: str, prompt: str = "veclip", num: int = 1, overrides: list[str] | None = None
+    model: str,
+    inputs: list[str],
+    column: str,
+    prompt: str | None = None,
+    num: int = 1,
+    overrides: list[str] | None = None,
 ) -> Work:
-    """The work that fuses the columns `inputs` with "rules", "hf:…" or "openai:…"."""
+    """The work that fuses the columns `inputs` with "rules", "hf:…" or "openai:…" (and the prompt "veclip")."""
     if model == "rules":
+        if prompt is not None:
+            raise ConfigError(f"--prompt {prompt!r} is for a language model; --with rules asks none.")
         if num != 1:
             raise ConfigError(f"--with rules gives one text for each picture, and --num is {num}.")
         return _built(RulesFuse, {"inputs": inputs, "column": column}, overrides)
     values = {"source": source_of(model).model_dump(), "column": column, "inputs": inputs, "sampling": {"num": num},
-              "prompts": read_prompts(prompt, inputs)}  # fmt: skip
+              "prompts": read_prompts(prompt or "veclip", inputs)}  # fmt: skip
     return _built(FuseWork, values, overrides)
 
 
 def _built(kind: type[C], values: Mapping[str, Any], overrides: list[str] | None) -> C:
     given = overrides or []
+    taken = [o for o in given if o.partition("=")[0] in TAKEN]
+    if taken:
+        raise ConfigError(
+            f"the override {taken[0]!r} would change what --as, --with or --inputs say: change these instead."
+        )
     return check(kind, apply(dict(values), given, kind), given=given)

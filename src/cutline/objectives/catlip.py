@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from cutline.errors import ConfigError
 from cutline.objectives import base
 from cutline.objectives.captioning import read_vocabulary
 from cutline.objectives.contrastive import widen
@@ -78,7 +79,15 @@ class Objective(base.Objective):
         if not self.config.texts:
             return [(texts.tokens, texts.owners) for texts in batch.texts.values()]
         rows = zip(*(batch.columns[c] for c in self.config.texts), strict=True)
-        found = (next((v for v in row if v), "") for row in rows)
-        texts = [(t, i) for i, v in enumerate(found) for t in ([v] if isinstance(v, str) else v) if t]
+        given = (next((found for value in row if (found := _written(value))), []) for row in rows)
+        texts = [(text, i) for i, found in enumerate(given) for text in found]
         owners = torch.tensor([i for _, i in texts], device=self.place.device, dtype=torch.long)
         return [(self.tokenizer([t for t, _ in texts]).to(self.place.device), owners)]
+
+
+def _written(value: Any) -> list[str]:
+    """The texts of a row in a column that say anything."""
+    texts = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(texts, list) or not all(t is None or isinstance(t, str) for t in texts):
+        raise ConfigError(f"objectives.catlip.texts names a column with {value!r} in it, which is no text.")
+    return [t for t in texts if t and not t.isspace()]

@@ -28,7 +28,7 @@ from cutline.pairs import content
 from cutline.pairs.ingest import table_shape
 from cutline.pairs.journal import side_folder
 from cutline.pairs.provenance import CONTENT, FAILED, KEY, Provenance
-from cutline.pairs.report import Count
+from cutline.pairs.report import EXAMPLES, Count, count
 
 if TYPE_CHECKING:
     from cutline.pairs.table import Pairs
@@ -83,11 +83,16 @@ class ColumnJob:
         settings = json.loads(json.dumps(self.settings()))
         if (self.folder / "job.json").exists():
             earlier = json.loads((self.folder / "job.json").read_bytes())
-            differ = [k for k in settings if earlier[k] != settings[k]]
+            then, now = ({**s, **s.get("provenance", {})} for s in (earlier, settings))
+            differ = [
+                f"{k}: {then.get(k)!r} then, {v!r} now"
+                for k, v in now.items()
+                if k != "provenance" and then.get(k) != v
+            ]
             if differ:
                 raise DataError(
                     f"an unfinished column {self.name!r} of {self.pairs.path!r} was begun with other settings "
-                    f"({', '.join(differ)}). Go on with the same ones, or give restart=True to drop it."
+                    f"({'; '.join(differ)}). Go on with the same ones, or give restart=True (--restart) to drop it."
                 )
             settled = pa.ipc.read_schema(pa.py_buffer(bytes.fromhex(earlier["kinds"])))
             self.kinds |= {field.name: field.type for field in settled}
@@ -114,8 +119,9 @@ class ColumnJob:
         first, last = np.searchsorted(self.pairs.rows, [start, stop])
         return np.arange(first, last)
 
-    def missing(self, piece: int) -> Offsets:
-        """Those of `rows(piece)` that have no record yet, or one that is to be tried again; cuts off a torn record."""
+    def missing(self, piece: int, retry: bool = False) -> Offsets:
+        """Those of `rows(piece)` that have no record yet, or one that is to be tried again (retry: all that failed);
+        cuts off a torn record."""
         rows = self.rows(piece)
         if not self._path(piece).exists():
             return rows
@@ -125,7 +131,9 @@ class ColumnJob:
             for at, batch in self._records(f):
                 end = at
                 places = batch["_row"].to_numpy() - piece * PIECE
-                done[places] = ~batch["_again"].to_numpy(zero_copy_only=False)
+                done[places] = ~(batch["_failed"].is_valid() if retry else batch["_again"]).to_numpy(
+                    zero_copy_only=False
+                )
             f.truncate(end)
         return rows[~done[self.pairs._index(rows) - piece * PIECE]]
 
@@ -171,8 +179,8 @@ class ColumnJob:
                     elif last:
                         last.pop(row, None)
             for row, (why, more) in sorted(last.items()):
-                count = reasons.setdefault(why, Count())
-                count.add(self._key(row) if len(count.examples) < 5 else "")
+                full = why in reasons and len(reasons[why].examples) == EXAMPLES
+                count(reasons, why, "" if full else self._key(row))
                 again += more
         return reasons, again
 

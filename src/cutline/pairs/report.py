@@ -8,6 +8,7 @@ from cutline.config import Config
 from cutline.errors import DataError
 
 EXAMPLES = 5
+REASONS = 20
 DUPLICATE = "tell the keys of shards apart with --prefix-keys if each shard counts from zero"
 
 
@@ -29,6 +30,12 @@ class Count(Config):
         self.n += 1
         if len(self.examples) < EXAMPLES:
             self.examples.append(example)
+
+
+def count(counts: dict[str, Count], reason: str, example: str) -> None:
+    """One more for this reason; beyond the first `REASONS` of them (some servers put a number in each) for "other"."""
+    known = reason in counts or len(counts) < REASONS
+    counts.setdefault(reason if known else "other reasons", Count()).add(example)
 
 
 class IngestReport(Config):

@@ -134,8 +134,14 @@ class Pairs:
         Made of the digests that were taken when the columns were written (see `cutline.pairs.content`), so it costs
         nothing; rows or columns changed by other programs are known by the names of their files.
         """
+        return self.fingerprint_of(self.schema.names)
+
+    def fingerprint_of(self, columns: Sequence[str]) -> str:
+        """The same of these columns (and those that the filter names) alone, so that adding others changes nothing."""
         digests: list[Any] = []
         for field in self.schema:
+            if field.name not in columns and field.name not in (self.filter or ""):
+                continue
             digest = (field.metadata or {}).get(CONTENT.encode())
             digests.append([field.name, str(field.type), digest.decode() if digest else self._files()])
         shape = table_shape(self.dataset)

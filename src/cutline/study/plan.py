@@ -8,16 +8,28 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from cutline.captions.captioner import CaptionerConfig
+from cutline.captions.coca import CocaWriter
 from cutline.config import Config, apply, check, load
 from cutline.errors import ConfigError
+from cutline.scenes import parse_spec
 from cutline.train.recipe import Recipe
 from cutline.transfer.depth import DepthConfig
 from cutline.transfer.segment import SegmentConfig
 
+OURS = "caption_ours"  # what the captioner of `Recaption` writes
 SIZES = ("tiny", "small", "full")
 
 # The number a task is judged by, its unit's factor for tables, and whether more is better.
 HEADLINE: dict[str, tuple[str, float, bool]] = {"segment": ("miou", 100.0, True), "depth": ("rmse", 1.0, False)}
+
+
+def _or_value_error(where: str, build: Callable[[], object]) -> None:
+    """A wrong key inside a plan is explained with the plan's line, which pydantic adds to a ValueError."""
+    try:
+        build()
+    except ConfigError as e:
+        raise ValueError(f"in {where}: {e}") from e
 
 
 class Task(Config):
@@ -51,6 +63,13 @@ class Recaption(Config):
     captioner: dict[str, Any] = Field(default_factory=dict)
     write: dict[str, Any] = Field(default_factory=dict)
     fused: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> "Recaption":
+        _or_value_error("captioner", lambda: check(CaptionerConfig, self.captioner))
+        _or_value_error("scenes", lambda: parse_spec(self.scenes))
+        _or_value_error("write", lambda: check(CocaWriter, {**self.write, "model": "captioner", "column": OURS}))
+        return self
 
 
 class Plan(Config):
@@ -114,14 +133,6 @@ def _check_folders(kind: str, names: Iterable[str]) -> None:
                 f"{kind} {name!r} would be kept in the folder {slug(name)!r}: {taken[slug(name)]}; rename it"
             )
         taken[slug(name)] = f"that of {name!r}"
-
-
-def _or_value_error(where: str, build: Callable[[], object]) -> None:
-    """A wrong key inside a plan is explained with the plan's line, which pydantic adds to a ValueError."""
-    try:
-        build()
-    except ConfigError as e:
-        raise ValueError(f"in {where}: {e}") from e
 
 
 def _inline(value: Any) -> str:

@@ -13,10 +13,10 @@ from cutline.config import check
 from cutline.pairs import Pairs, Provenance
 from cutline.scenes import parse_spec
 from cutline.scenes.write import write_pairs
-from cutline.study.plan import Recaption
+from cutline.study.plan import OURS, Recaption
 from cutline.train.stream.order import draws, key
 
-HUMAN, OURS, FUSED = "caption_human", "caption_ours", "caption_fused"
+HUMAN, FUSED = "caption_human", "caption_fused"
 
 
 def recaption(plan: Recaption, out: Path, say: Callable[[str], None]) -> Pairs:
@@ -31,7 +31,13 @@ def recaption(plan: Recaption, out: Path, say: Callable[[str], None]) -> Pairs:
     if OURS not in pairs.columns:
         captioner = out / "captioner"
         train_captioner(pairs, HUMAN, captioner, check(CaptionerConfig, plan.captioner), resume=True)
-        pairs, report = run(pairs, CocaWriter(str(captioner), OURS, **plan.write), OURS, RunConfig(batch=256), say=say)
+        pairs, report = run(
+            pairs,
+            CocaWriter(**{**plan.write, "model": str(captioner), "column": OURS}),
+            OURS,
+            RunConfig(batch=256),
+            say=say,
+        )
         say(f"captions of our own for {report.rows - report.bad:,} of {report.rows:,} pictures")
     if plan.fused and FUSED not in pairs.columns:
         pairs, _ = run(

@@ -67,13 +67,17 @@ def load(path: Path, state: dict[str, Any]) -> None:
     """Fill `state` in place: tensors are overwritten, plain values replaced. Raises `TrainingError` if it does not fit.
 
     A parameter that never had a gradient (the logit bias of a SigLIP tower under a contrastive loss) has no state of the
-    optimiser in the checkpoint; it is dropped from `state`.
+    optimiser in the checkpoint; it is dropped from `state`. So are the generators of processes and devices that it was
+    not written with: these begin anew.
     """
     try:
         known = FileSystemReader(path).read_metadata().state_dict_metadata
         moments = state.get("optimiser", {}).get("state", {})
         for name in [n for n in moments if f"optimiser.state.{n}.step" not in known]:
             del moments[name]
+        generators = state.get("rng", {})
+        for name in [n for n in generators if f"rng.{n}" not in known]:
+            del generators[name]
         with _quiet():
             dcp.load(  # type: ignore[attr-defined]
                 state, checkpoint_id=str(path), no_dist=world()[1] == 1
@@ -106,6 +110,8 @@ def rng_state() -> dict[str, torch.Tensor]:
 
 
 def set_rng_state(states: dict[str, torch.Tensor]) -> None:
-    torch.set_rng_state(states[f"cpu{world()[0]}"])
-    if torch.cuda.is_available():
-        torch.cuda.set_rng_state(states[f"cuda{world()[0]}"])
+    """Set those that there are states for."""
+    if (state := states.get(f"cpu{world()[0]}")) is not None:
+        torch.set_rng_state(state)
+    if torch.cuda.is_available() and (state := states.get(f"cuda{world()[0]}")) is not None:
+        torch.cuda.set_rng_state(state)

@@ -23,7 +23,7 @@ from cutline import objectives, towers
 from cutline.config import dump, load
 from cutline.errors import ConfigError, TrainingError
 from cutline.objectives.base import Batch, Features, Objective
-from cutline.objectives.gather import world
+from cutline.objectives.gather import barrier, world
 from cutline.progress import Tick, progress
 from cutline.record import write_atomic
 from cutline.train import checkpoint
@@ -146,6 +146,7 @@ def train(
                 shutil.copytree(watch.kept, out / ".model")
             shutil.rmtree(out / "model", ignore_errors=True)
             os.replace(out / ".model", out / "model")  # there is a model when, and only when, the run is finished
+        barrier()
     return out
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from cutline.captions.work import Row
+from cutline.captions.work import Row, is_list
 from cutline.errors import ConfigError, DataError
 from cutline.pairs import Pairs, Provenance
 
@@ -69,7 +69,7 @@ def holds_lists(pairs: Pairs, column: str) -> bool:
     """Whether a text column holds lists of captions. Raises `DataError` if it is not there, or holds no text."""
     pairs.check_columns([column])
     kind = pairs.schema.field(column).type
-    many: bool = pa.types.is_list(kind) or pa.types.is_large_list(kind)
+    many = is_list(kind)
     inner = kind.value_type if many else kind
     if not (pa.types.is_string(inner) or pa.types.is_large_string(inner)):
         raise DataError(f"the column {column!r} of {pairs.path!r} holds {kind}, not captions: name a column of text.")

@@ -71,6 +71,10 @@ def names(pairs: Pairs, config: ScoreConfig) -> list[str]:
         raise ConfigError(f"{clip[0] if clip else 'refclip'} needs a CLIP to score with: name one, --with MODEL.")
     if "refclip" in wanted and not config.reference:
         raise ConfigError("refclip compares captions with references: name their column, --reference COLUMN.")
+    if config.reference and "refclip" not in wanted:
+        raise ConfigError(
+            f"a reference ({config.reference!r}) is for refclip, which is not asked for: add it to --only."
+        )
     compared = {"refclip": config.reference, "alt_cosine": config.alt}
     for name in wanted & compared.keys():
         if compared[name] == config.column:

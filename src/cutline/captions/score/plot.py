@@ -34,7 +34,7 @@ def draw(summary: "Summary", values: dict[str, NDArray[np.float32]]) -> bytes:
         known = {name: by.get("object_f1") for name, by in summary.spearman.items()}
         ranked = {name: rho for name, rho in known.items() if rho is not None}
         panels.append(partial(_bars, title="Spearman's ρ with object f1", shares=ranked, low=-1.0))
-    rows = -(-len(panels) // WIDE)
+    rows = max(1, -(-len(panels) // WIDE))
     figure = Figure((3.2 * WIDE, 2.5 * rows + 0.4), layout="constrained")
     figure.suptitle(f"{summary.column}: {summary.captions:,} captions", fontsize=11)
     axes = np.atleast_1d(figure.subplots(rows, WIDE, squeeze=False).ravel())

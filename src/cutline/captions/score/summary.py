@@ -4,7 +4,8 @@ Numbers get mean, spread and quantiles, flags their share, languages a count; fr
 and duplicates. On scenes the truth is summed over all captions (micro-averages), and each score is judged by how it
 ranks the captions: Spearman's correlation with the truth.
 
-Memory: 4 bytes for each score of each caption, and 32 MiB for the vocabulary.
+Memory: 4 bytes a caption for each number (on scenes, where scores are judged, for each flag too), some 12 more while one of
+them is summed up, and 32 MiB for the vocabulary.
 """
 
 import json
@@ -109,7 +110,8 @@ class _Read:
         self.languages: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.parts: dict[str, list[Floats]] = {n: [] for n in names if n not in ("language", "counts")}
-        self.flags: set[str] = set()
+        self.judged = any(n in names for n in JUDGES)
+        self.flags: dict[str, tuple[int, int]] = {}  # score → captions that have it set, captions that have it
 
     def add(self, captions: pa.Array, scores: dict[str, pa.Array]) -> None:
         flat, lengths = captions, np.ones(len(captions), np.int64)
@@ -127,8 +129,11 @@ class _Read:
                 present = values.drop_null()
                 self.counts.update({c: pc.sum(pc.struct_field(present, c)).as_py() or 0 for c in truth.COUNTS})
             else:
-                self.flags |= {name} if pa.types.is_boolean(values.type) else set()
-                self.parts[name].append(self._aligned(values, column, lengths))
+                if flag := pa.types.is_boolean(values.type):
+                    there, given = self.flags.get(name, (0, 0))
+                    self.flags[name] = there + (pc.sum(values).as_py() or 0), given + len(values) - values.null_count
+                if self.judged or not flag:
+                    self.parts[name].append(self._aligned(values, column, lengths))
 
     def _aligned(self, values: pa.Array, column: pa.Array, lengths: NDArray[np.int64]) -> Floats:
         """One value for each caption, also where a row has no list (its picture could not be read)."""
@@ -155,10 +160,9 @@ class _Read:
         summary.languages = dict(self.languages.most_common())
         for name, numbers in values.items():
             present = numbers[~np.isnan(numbers)]
-            if name in self.flags and len(present):
-                summary.flags[name] = float(present.mean(dtype=np.float64))
-            elif len(present):
+            if name not in self.flags and len(present):
                 summary.numbers[name] = _numbers(present)
+        summary.flags = {name: there / given for name, (there, given) in self.flags.items() if given}
         if self.counts:
             summary.truth = {n: s for n, s in truth.scores(self.counts).items() if n != "counts"}
         judges = [n for n in JUDGES if n in values]

@@ -48,6 +48,13 @@ def check_columns(source: Source, wanted: Iterable[str]) -> None:
             raise ConfigError(f"the data have no column {column!r}; they have: {have}.{hint}")
 
 
+def fingerprint_of(source: Source, columns: Sequence[str]) -> str:
+    """Of what is read of a source: a column that was added to a table in the meantime changes nothing."""
+    inner = source.source if isinstance(source, Cached) else source
+    of = getattr(inner, "fingerprint_of", None)
+    return str(of(columns)) if of else source.fingerprint
+
+
 class Cached:
     """A source that keeps every row it has read, for small data that are costly to make (rendered scenes).
 

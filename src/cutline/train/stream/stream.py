@@ -34,7 +34,7 @@ from cutline.pairs.decode import BadPicture
 from cutline.train.stream.order import Order, draws
 from cutline.train.stream.pictures import RowPicture, replay_view
 from cutline.train.stream.replay import DRAWN, IMAGE, TEACHERS, TEXT, Replay, Unusable
-from cutline.train.stream.source import Source, check_columns
+from cutline.train.stream.source import Source, check_columns, fingerprint_of
 from cutline.train.stream.text import TextConfig, Tokenizer
 from cutline.train.stream.transforms import Augment, Normalize
 
@@ -116,7 +116,7 @@ class Stream:
         o = self.order
         return {
             "step": self.step, "seed": o.seed, "n": o.n, "batch": o.batch, "block": o.block,
-            "window": o.window, "fingerprint": self.source.fingerprint,
+            "window": o.window, "fingerprint": fingerprint_of(self.source, self.read_columns),
         }  # fmt: skip
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
