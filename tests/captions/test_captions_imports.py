@@ -156,3 +156,20 @@ def test_json_is_read_in_parts(chunk: int, monkeypatch: pytest.MonkeyPatch) -> N
         for text in (json.dumps(value), json.dumps(value, indent=2), f" \n{json.dumps(value)}\n"):
             expected = list(value.items()) if isinstance(value, dict) else [(None, v) for v in value]
             assert list(json_items(io.StringIO(text))) == expected
+
+
+def test_files_of_other_formats_and_values_nested_too_deeply_are_told(pairs: Pairs, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl.gz").write_bytes(b"x")
+    with pytest.raises(DataError, match=r"a.jsonl.gz' is of no format.*Convert or unpack it first"):
+        import_captions(pairs, [str(tmp_path / "a.jsonl.gz")], "url", "caption", "new", show=False)
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(DataError, match="JSON cut off or broken"):
+        import_captions(pairs, [str(tmp_path / "deep.json")], "url", "caption", "new", show=False)
+
+
+@pytest.mark.parametrize("kind", [pa.large_list(pa.large_string()), pa.list_(pa.string(), 2)])
+def test_every_kind_of_list_of_parquet_is_read(pairs: Pairs, tmp_path: Path, kind: pa.DataType) -> None:
+    key = pairs.read([0], ["key"])[0]["key"]
+    pq.write_table(pa.table({"key": [key], "caption": pa.array([["a dog", "a cat"]], kind)}), tmp_path / "f.parquet")
+    import_captions(pairs, [str(tmp_path / "f.parquet")], "key", "caption", "new", show=False)
+    assert Pairs.open(pairs.path).read([0], ["new"])[0]["new"] == ["a dog", "a cat"]

@@ -33,6 +33,7 @@ from cutline.pairs.values import SPACES
 from cutline.progress import progress
 from cutline.record import fingerprint
 
+FORMATS = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
 BLOCK = 65_536  # captions read at a time
 CHUNK = 1 << 20  # characters of JSON read at a time
 LONGEST = 16 * CHUNK  # of one value in JSON
@@ -72,6 +73,11 @@ def import_captions(
     for columns and files that are not there and if nothing matches; the table is then as it was.
     """
     paths = [path for pattern in files for path in matching_files(pattern)]
+    unknown = next((path for path in paths if path.suffix not in FORMATS), None)
+    if unknown is not None:
+        raise DataError(
+            f"{str(unknown)!r} is of no format that is known here: {', '.join(FORMATS)}. Convert or unpack it first."
+        )
     source = {"files": fingerprint([[p.name, p.stat().st_size] for p in paths]), "by": id_field or by, "field": field}
     provenance = Provenance(
         how="caption import", model=", ".join(p.name for p in paths[:8]), inputs=[by], settings=source
