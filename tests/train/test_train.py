@@ -256,15 +256,33 @@ def test_two_processes_train_like_one(tmp_path):
     assert losses(tmp_path / "two") == pytest.approx(losses(one), abs=1e-4)
 
 
+def cut_off(run: Path, checkpoints: int) -> None:
+    """As a kill would have left it: the first checkpoints, and no model."""
+    shutil.rmtree(run / "model")
+    for late in sorted((run / "checkpoints").iterdir())[checkpoints:]:
+        shutil.rmtree(late)
+
+
+def test_resume_restores_what_dropout_draws_from_and_the_average(tmp_path):
+    dropping = recipe(samples=64, save_every=2, keep=9, ema=0.9)
+    dropping.towers = dropping.towers.model_copy(deep=True)
+    dropping.towers.custom["vision_cfg"]["patch_dropout"] = 0.5
+    one = loop.train(dropping, tmp_path / "one")
+    before, kept = losses(one), weights(one)
+    cut_off(one, 1)
+    torch.manual_seed(12345)
+    loop.train(dropping, one, resume=True)
+    assert losses(one) == before
+    assert all(torch.equal(v, kept[k]) for k, v in weights(one).items())
+
+
 def test_a_run_of_one_process_goes_on_with_two(tmp_path):
     """The same rows; what dropout draws begins anew (there is none here)."""
     plain = recipe(samples=32)
     (tmp_path / "r.yaml").write_text(dump(plain))
     one = loop.train(plain, tmp_path / "one")
     shutil.copytree(one, tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "model")
-    for late in sorted((tmp_path / "cut" / "checkpoints").iterdir())[1:]:
-        shutil.rmtree(late)
+    cut_off(tmp_path / "cut", 1)
     on_two_processes(TWO, str(tmp_path / "r.yaml"), str(tmp_path / "cut"), "resume", folder=tmp_path)
     assert losses(tmp_path / "cut") == pytest.approx(losses(one), abs=1e-4)
 
@@ -274,10 +292,8 @@ def test_a_run_goes_on_after_a_column_was_added_to_its_table(tmp_path):
     plain = recipe(samples=64, save_every=2, keep=9)
     plain.data.pairs = str(tmp_path / "s.lance")
     one = loop.train(plain, tmp_path / "one")
-    shutil.rmtree(one / "model")
-    for late in sorted((one / "checkpoints").iterdir())[1:]:
-        shutil.rmtree(late)
     before = losses(one)
+    cut_off(one, 1)
     table = Pairs.open(tmp_path / "s.lance").add_column("n", [1] * 16)
     loop.train(plain, one, resume=True)
     assert losses(one) == before
