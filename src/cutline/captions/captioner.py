@@ -13,6 +13,7 @@ written, and the scores on the held-out rows.
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ CLASSES = "classes.json"
 MOST_HELD_OUT = 1000
 MOST_TEXTS = 5  # references of a held-out picture
 BATCH = 64  # of held-out pictures
+RARE = 10  # pictures that a word must be in to be a class, where there are many pictures
 LOOK = 256  # held-out pictures that are written about at every look
 
 
@@ -217,10 +219,15 @@ def _with_others(learnt: Rows, held: Rows, also: list[str], good: float) -> Rows
 
 
 def _write_words(learnt: Rows, column: str, out: Path, tower: TowerConfig) -> int:
-    """Write the files of ids that the objectives read: tokens that occur, and content words; returns how many of these."""
+    """Write the files of ids that the objectives read: tokens that occur, and content words; returns how many of these.
+
+    A word that few pictures have cannot be learnt from them, and a thousand such words drown the others in noise.
+    """
     tokenizer = towers.Tokenizer(towers.build(tower))
-    ids = sorted({i for texts in _texts(learnt, column) for i in tokenizer(texts).flatten().tolist()} - {0})
-    words = [i for i in ids if _is_word(tokenizer.tokenizer.decode([i]).strip())]
+    pictures = Counter(i for texts in _texts(learnt, column) for i in set(tokenizer(texts).flatten().tolist()))
+    ids = sorted(pictures.keys() - {0})
+    least = min(RARE, len(learnt) // 300)
+    words = [i for i in ids if pictures[i] >= least and _is_word(tokenizer.tokenizer.decode([i]).strip())]
     if world()[0] == 0:
         write_atomic(out / VOCABULARY, json.dumps(ids).encode())
         write_atomic(out / CLASSES, json.dumps(words).encode())
