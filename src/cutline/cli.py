@@ -20,6 +20,7 @@ zeroshot_app = typer.Typer(no_args_is_help=True, help="Score an image–text mod
 app.add_typer(pairs_app, name="pairs")
 app.add_typer(cli_captions.app, name="caption")
 app.command("reinforce")(cli_captions.reinforce)
+app.command("label")(cli_captions.label)
 app.add_typer(transfer_app, name="transfer")
 app.add_typer(zeroshot_app, name="zeroshot")
 
@@ -119,7 +120,9 @@ def train(
     loaded = load(Recipe, recipe, list(overrides or []))
     folder = run(loaded, out or Path("runs") / loaded.name, resume)
     if os.environ.get("RANK", "0") == "0":
-        _done(folder, f"cutline zeroshot retrieve --model {folder} --data {loaded.data.pairs}")
+        joint = {"contrastive", "sigmoid"} & loaded.objective_configs().keys()
+        then = f"zeroshot retrieve --model {folder} --data {loaded.data.pairs}"
+        _done(folder, f"cutline {then if joint else f'transfer segment --encoder {folder} --data SPEC'}")
 
 
 @transfer_app.command()

@@ -1,4 +1,5 @@
-"""The commands `cutline caption …` and `cutline reinforce`: a thin skin over `cutline.captions`."""
+"""The commands `cutline caption …`, `cutline reinforce` and `cutline label`: a thin skin over `cutline.captions` and
+`cutline.experts`."""
 
 import functools
 import inspect
@@ -291,6 +292,33 @@ def reinforce(
     table, report = engine.run(table, work, name, run, say=_say)
     if _report(table, report, run, sample=False):
         _done(pairs, f"cutline train RECIPE.yaml data.pairs={pairs} data.replay={name}")
+
+
+@over_rows(batch=16)
+def label(
+    pairs: Table,
+    expert: Annotated[str, typer.Option(help="segment, depth, or normals (computed from depth).")],
+    model: Annotated[
+        str,
+        typer.Option("--with", help="hf:FOLDER or hf:ID of transformers, or a run of `cutline transfer segment|depth`"),
+    ],
+    column: As,
+    overrides: Overrides = None,
+    *,
+    run: Any,
+    where: str | None,
+) -> None:
+    """Pseudo-labels of an expert as a column of small maps, for the objective experts (CLIPTeX)."""
+    from cutline.captions import engine
+    from cutline.experts.label import label_work, summary
+    from cutline.pairs import Pairs
+
+    work = label_work(expert, model, column, list(overrides or []))
+    table, report = engine.run(Pairs.open(pairs, where), work, column, run, say=_say)
+    if _report(table, report, run, sample=False):
+        lines, option = summary(table, column)
+        print("\n".join(lines))
+        _done(pairs, f"cutline train RECIPE.yaml data.pairs={pairs} {option}")
 
 
 def _run(pairs: Path, work: Any, name: str, run: Any, where: str | None) -> None:

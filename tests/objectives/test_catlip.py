@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from objectives_made import rows_of
 from processes import LEAVE, on_two_processes
 
 from cutline import towers
+from cutline.errors import ConfigError
 from cutline.objectives.base import Batch, Features, Texts
 from cutline.objectives.catlip import Config, Objective
+from cutline.train import loop
+from cutline.train.recipe import Recipe
 
 TOWER = {
     "embed_dim": 16,
@@ -58,7 +63,8 @@ def test_loss_equals_the_formula(custom, classes):
     features = Features(model, batch)
     loss = objective(batch, features)["classes"]
     if custom is TOWER:
-        logits = objective.head(model.encode_image(pictures, normalize=True))
+        embedding = model.encode_image(pictures, normalize=True)
+        logits = objective.head(embedding * embedding.shape[1] ** 0.5)
     else:
         logits = objective.head(model.image_and_tokens(pictures)[1]).amax(1)
     expected = plain(logits[:, order.argsort()], THERE, 3.0)
@@ -78,6 +84,29 @@ def test_the_first_column_with_a_text_is_the_one_that_counts(classes):
     columns = {"caption": [["a dog", "a car"], None, "a cat", []], "alt": ["a cat", "my dog", "a dog", None]}
     labels = objective.labels(Batch({}, {}, columns), 4)
     assert labels.int().tolist() == torch.tensor([[0, 1, 1], [0, 1, 0], [1, 0, 0], [0, 0, 0]])[:, order].tolist()
+
+
+def test_classes_may_be_words_of_which_every_token_is_one(classes):
+    _, from_file, _ = made(TOWER, classes)
+    model = towers.build(towers.TowerConfig(custom=TOWER))
+    objective = Objective(Config(classes=["car", "cat", "dog", "hot dog"]), model)
+    hot = towers.Tokenizer(model)(["hot"])[0, 1].item()
+    assert set(objective.place.lt(4).nonzero().flatten().tolist()) == {
+        *from_file.place.lt(3).nonzero().flatten().tolist(), hot,
+    }  # fmt: skip
+    assert objective.head.out_features == 4
+    for none in ([], [""]):
+        with pytest.raises(ConfigError, match="has no word in it"):
+            Objective(Config(classes=none), model)
+
+
+def test_the_recipe_for_scenes_takes_one_step(tmp_path):
+    values = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "scenes" / "catlip.yaml").read_text())
+    values["data"]["pairs"] = values["data"]["pairs"].replace("n=12800", "n=16")
+    values["train"] |= {"batch": 8, "samples": 8}
+    row = rows_of(loop.train(Recipe.model_validate(values), tmp_path / "run", show=False))[0]
+    assert math.isfinite(row["loss"])
+    assert row["skipped_steps"] == 0
 
 
 TWO = """

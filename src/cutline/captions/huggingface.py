@@ -49,7 +49,7 @@ class HfModel(Config):
             return f"hf:{Path(self.model).resolve().name} {_hash(state)}"
         from transformers.utils.hub import cached_file
 
-        with _loading(self.model):
+        with loading(self.model):
             parts = Path(str(cached_file(self.model, "config.json"))).parts
         return f"hf:{self.model}@{parts[-2]}"
 
@@ -76,7 +76,7 @@ class HfGenerator:
         self.tokens, self.sees, self.sampling, self.source = 0, sees, sampling, source.model
         self.device = device_of(source.device)
         self.model: Any
-        with _loading(source.model):
+        with loading(source.model):
             auto = _auto_class(source.model, sees)
             self.processor, self.tokenizer, self.images = _processor(source.model, sees)
             self.model, info = auto.from_pretrained(source.model, dtype=_dtype(self.device), output_loading_info=True)
@@ -232,7 +232,7 @@ def _auto_class(model: str, sees: bool) -> Any:
 
 
 @contextmanager
-def _loading(model: str) -> Iterator[None]:
+def loading(model: str) -> Iterator[None]:
     """Turns what transformers raises for a model that it cannot load into a `DataError` that says what to do."""
     try:
         yield

@@ -8,7 +8,7 @@ several captions belong to one picture).
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -33,6 +33,22 @@ class View(Config):
     size: int | None = None
     count: int = Field(1, ge=1)
     scale: tuple[float, float] = (0.4, 1.0)
+
+
+class Map(Config):
+    """A label map an objective asks the stream for, as the view "image" shows it; it comes in `Batch.columns` by its column.
+
+    kind: "segment", ids (B, size, size) int32 with −1 for no class; "depth", (B, size, size) float32 with 0 for no reading;
+    "normals", (B, 3, size, size) float32, all 0 for none. classes: ids that there may be; relative: depth without a
+    unit, 0 … 1; by: the key of the recipe that asks, for messages.
+    """
+
+    column: str
+    kind: Literal["segment", "depth", "normals"]
+    size: int = Field(ge=1)
+    classes: int = 0
+    relative: bool = False
+    by: str = ""
 
 
 @dataclass
@@ -80,12 +96,14 @@ class Features:
 
     image(view) and text(source) are L2-normalised and joint, (B, D) and (M, D). For a model with a decoder (CoCa),
     image_tokens(view) and text_tokens(source) are what it reads, (B, N, W) and (M, T, W), from the same pass.
+    dense() is the map that the image tower pools, of the view "image"; with `encoder`, the tower as an `Encoder`, it is
+    from the same pass as the embedding.
     """
 
     # Objectives compare samples only through this class: whoever computes features otherwise replaces it alone.
 
-    def __init__(self, model: Any, batch: Batch) -> None:
-        self.model, self.batch = model, batch
+    def __init__(self, model: Any, batch: Batch, encoder: Any = None) -> None:
+        self.model, self.batch, self.encoder = model, batch, encoder
         self.gives_tokens = bool(getattr(model, "gives_tokens", False))
         self._cache: dict[tuple[str, str], Tensor] = {}
 
@@ -95,9 +113,24 @@ class Features:
             pictures = self.batch.views[view]
             if self.gives_tokens:
                 self._cache[key], self._cache["image tokens", view] = self.model.image_and_tokens(pictures)
+            elif self.encoder is not None and view == "image":
+                pooled, self._cache["dense", view] = self.encoder.pooled_and_last(pictures)
+                self._cache[key] = nn.functional.normalize(pooled, dim=-1)
             else:
                 self._cache[key] = self.model.encode_image(pictures, normalize=True)
         return self._cache[key]
+
+    def dense(self) -> Tensor:
+        """(B, C, h, w), see `Encoder.last`. A CoCa, whose tokens are pooled otherwise, makes it in a pass of its own."""
+        if self.encoder is None:
+            from cutline.towers import load_encoder  # here: the stream needs this file, and no towers
+
+            self.encoder = load_encoder(self.model)
+        if ("dense", "image") not in self._cache and not self.gives_tokens and ("image", "image") not in self._cache:
+            self.image()
+        if ("dense", "image") not in self._cache:
+            self._cache["dense", "image"] = self.encoder.last(self.batch.views["image"])
+        return self._cache["dense", "image"]
 
     def image_tokens(self, view: str = "image") -> Tensor:
         self.image(view)
@@ -139,6 +172,7 @@ class Objective(nn.Module):
     """
 
     needs_text: bool = True  # whether the stream is to give texts
+    reads_map: bool = False  # whether it asks for `Features.dense`, which is then made with the embedding
 
     def __init__(self, config: ObjectiveConfig, model: nn.Module) -> None:
         super().__init__()
@@ -152,6 +186,14 @@ class Objective(nn.Module):
 
     def columns(self) -> list[str]:
         """Table columns needed beside the picture and the texts."""
+        return []
+
+    def made_by(self, column: str) -> str:
+        """How to come by one of `columns`, told where the data lack it: the command that makes it."""
+        return ""
+
+    def maps(self) -> list[Map]:
+        """Label maps needed: columns that follow the picture's crop and flip."""
         return []
 
     def forward(self, batch: Batch, features: Features) -> dict[str, Tensor]:

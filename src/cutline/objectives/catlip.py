@@ -2,13 +2,14 @@
 
     L = mean over pictures of Σ_c BCE(z_c, [class c is in the picture's texts]),    z = linear(picture)
 
-CatLIP's classes are WordNet's synsets of the captions' nouns; ours are tokens of CLIP's tokeniser, given as a file of ids
-(for a captioner: those of the content words of its captions), since most English nouns are one token. The texts are all
-that a picture has in the first of `texts` that has any, or else those of the step. The picture is the joint embedding.
-Where a model gives tokens (CoCa), each is classified and the largest logit of a class counts (as in multiple-instance
-learning), so that a small object is found where it stands.
+CatLIP's classes are WordNet's synsets of the captions' nouns; ours are tokens of CLIP's tokeniser, given as words or as a
+file of ids (for a captioner: those of the content words of its captions), since most English nouns are one token. The
+texts are all that a picture has in the first of `texts` that has any, or else those of the step. The picture is the joint
+embedding, times √D. Where a model gives tokens (CoCa), each is classified and the largest logit of a class counts (as in
+multiple-instance learning), so that a small object is found where it stands.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -24,10 +25,10 @@ from cutline.towers import Tokenizer
 
 
 class Config(base.ObjectiveConfig):
-    """classes: a JSON file with the token ids that are classes; texts: columns of text (empty: the step's texts);
-    positive: weight of a class that is there against one that is not (1 in the paper)."""
+    """classes: words, of which every token is a class, or a JSON file with the token ids that are; texts: columns of text
+    (empty: the step's texts); positive: weight of a class that is there against one that is not (1 in the paper)."""
 
-    classes: str
+    classes: str | list[str]
     texts: list[str] = Field(default_factory=list)
     positive: float = 1.0
 
@@ -40,12 +41,26 @@ class Objective(base.Objective):
         text = model.model_cfg["text_cfg"]
         self.needs_text = not config.texts
         self.tokenizer = Tokenizer(model)
-        ids = read_vocabulary(config.classes, int(text.get("vocab_size", 49408)))
+        ids = self.ids(config.classes, int(text.get("vocab_size", 49408)))
         self.place: Tensor
         place = torch.full((int(text.get("vocab_size", 49408)),), len(ids)).scatter(0, ids, torch.arange(len(ids)))
         self.register_buffer("place", place, persistent=False)  # id → class, or one more for no class
         tokens = bool(getattr(model, "gives_tokens", False))
-        self.head = nn.Linear(int(text["width"] if tokens else model.model_cfg["embed_dim"]), len(ids))
+        width = int(text["width"] if tokens else model.model_cfg["embed_dim"])
+        self.head = nn.Linear(width, len(ids))
+        # An embedding has length 1: a linear layer means entries of about 1, and most classes are not there.
+        self.scale = 1.0 if tokens else width**0.5
+        if not tokens:
+            nn.init.constant_(self.head.bias, -math.log(max(len(ids) - 1, 1)))
+
+    def ids(self, classes: str | list[str], size: int) -> Tensor:
+        """The token ids that are classes, ascending; `DataError` for a file without such, `ConfigError` for no words."""
+        if isinstance(classes, str):
+            return read_vocabulary(classes, size)
+        found = set(self.tokenizer(["", *classes]).flatten().tolist()) - set(self.tokenizer([""]).flatten().tolist())
+        if not found:
+            raise ConfigError(f"objectives.catlip.classes has no word in it: {classes!r}.")
+        return torch.tensor(sorted(found))
 
     def columns(self) -> list[str]:
         return self.config.texts
@@ -54,7 +69,7 @@ class Objective(base.Objective):
         """The loss; the shares of the classes predicted (above ½) that are there, and of those there predicted, are logged."""
         picture = features.image_tokens() if features.gives_tokens else features.image()[:, None]
         with torch.autocast(picture.device.type, enabled=False):
-            logits = self.head(widen(picture)).amax(1)  # (B, N, C) → (B, C)
+            logits = self.head(self.scale * widen(picture)).amax(1)  # (B, N, C) → (B, C)
             labels = self.labels(batch, len(logits))
             positive = torch.tensor(self.config.positive, device=logits.device, dtype=logits.dtype)
             loss = F.binary_cross_entropy_with_logits(

@@ -89,6 +89,11 @@ class Encoder(nn.Module):
         """(B, 3, H, W) → (B, D): the joint embedding, not normalised (timm's pooled feature where there is no text)."""
         return self._pooled(self._pad(images, dense=False))
 
+    def pooled_and_last(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """`pooled` and `last` of the same pictures: of one pass where the tower's pooling reads just that map, and no
+        patches are dropped from it."""
+        return self.pooled(images), self.last(images)
+
     def set_drop_path(self, rate: float) -> None:
         """Stochastic depth, from 0 at the first block to `rate` at the last; replaces what was set before."""
         set_drop_path(self.visual, rate)

@@ -66,6 +66,14 @@ class Hierarchical(Encoder):
             pooled: Tensor = self.visual(x)
         return pooled
 
+    def pooled_and_last(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if self._pad(images) is not images:
+            return super().pooled_and_last(images)
+        with self._explained(images):
+            x = self.visual.trunk.forward_features(images)
+            pooled = getattr(self.visual, "head", nn.Identity())(self.visual.trunk.forward_head(x))
+        return pooled, x.movedim(-1, 1) if self._channels_last else x
+
     def project(self, last: Tensor) -> Tensor:
         # Each cell as a picture of one cell: average pooling then does nothing; norms and projections are the tower's.
         cells = last.movedim(1, -1).flatten(0, 2)

@@ -82,6 +82,17 @@ class NativeViT(Encoder):
         x, _ = self.visual._pool(self.visual.transformer(x))
         return cast(Tensor, x if self.visual.proj is None else x @ self.visual.proj)
 
+    def pooled_and_last(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        v, padded = self.visual, self._pad(images)
+        dropping = v.training and not isinstance(v.patch_dropout, nn.Identity)
+        if dropping or padded is not images:
+            return super().pooled_and_last(images)
+        x, grid = self.embed(images, dropout=False)
+        x = v.transformer(x)
+        pooled, _ = v._pool(x)
+        norm = v.ln_post if v.attn_pool is None else v.attn_pool.ln_k
+        return pooled if v.proj is None else pooled @ v.proj, _to_map(norm(x[:, 1:]), grid)
+
     def project(self, last: Tensor) -> Tensor:
         if self.visual.attn_pool is not None:
             raise CutlineError(f"{self.name} pools by attention: its cells have no projection of their own.")
@@ -157,6 +168,18 @@ class TimmViT(Encoder):
         with self._fitted(x, dense=False):
             pooled: Tensor = self.visual(x)
         return pooled
+
+    def pooled_and_last(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        trunk: Any = self.visual.trunk
+        dropping = trunk.training and not isinstance(getattr(trunk, "patch_drop", None) or nn.Identity(), nn.Identity)
+        if dropping or self._pad(images) is not images:
+            return super().pooled_and_last(images)
+        with self._fitted(images, dense=True):
+            x = trunk.forward_features(images)
+            pooled = getattr(self.visual, "head", nn.Identity())(trunk.forward_head(x))
+        side = images.shape[-1] // self.multiple
+        norm = getattr(trunk, "fc_norm", None) or nn.Identity()
+        return pooled, _to_map(norm(x[:, -side * side :]), (side, side))
 
     def project(self, last: Tensor) -> Tensor:
         trunk = self.visual.trunk

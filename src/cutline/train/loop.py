@@ -31,7 +31,8 @@ from cutline.train.device import device_of
 from cutline.train.metrics import Metrics, cut_metrics
 from cutline.train.optim import param_groups, schedule, set_lr
 from cutline.train.recipe import DataConfig, Recipe
-from cutline.train.stream import Cached, Source, Stream, open_source
+from cutline.train.stream import Cached, Source, Stream, check_columns, open_source
+from cutline.train.stream.replay import IMAGE, TEXT
 
 
 class Trainee(nn.Module):
@@ -42,13 +43,15 @@ class Trainee(nn.Module):
         self.model = model
         configs = recipe.objective_configs()
         self.objectives = nn.ModuleDict({name: objectives.build(name, c, model) for name, c in configs.items()})
+        # In a tuple: not a part of this module. With it the pass of the embedding also gives the dense map.
+        self._encoder = (towers.load_encoder(model),) if any(o.reads_map for o in self.methods().values()) else ()
 
     def methods(self) -> dict[str, Objective]:
         return {name: o for name, o in self.objectives.items() if isinstance(o, Objective)}
 
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted loss (a scalar) and what to log of it by name."""
-        features = Features(self.model, batch)
+        features = Features(self.model, batch, *self._encoder)
         total: Tensor = torch.zeros((), device=next(iter(batch.views.values())).device)
         log: dict[str, Tensor] = {}
         for name, objective in self.methods().items():
@@ -218,6 +221,10 @@ def _stream(
     methods = list(trainee.methods().values())
     if source is None:
         source = read_from(data)
+    for name, method in trainee.methods().items():
+        for column in method.columns():
+            if column not in (IMAGE, TEXT):  # which are made of others
+                check_columns(source, [column], f"objectives.{name}", method.made_by(column))
     texts = any(o.needs_text for o in methods)
     encoder = towers.load_encoder(model)  # for what it says of the pictures
     return Stream(
@@ -232,6 +239,7 @@ def _stream(
         tokenizer=towers.Tokenizer(model) if texts else None,
         views={name: view for o in methods for name, view in o.views().items()},
         columns=sorted({c for o in methods for c in o.columns()}),
+        maps=[m for o in methods for m in o.maps()],
         replay=data.replay,
         threads=data.threads,
         block=data.block,

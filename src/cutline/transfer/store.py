@@ -61,11 +61,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     from cutline.transfer.depth import DepthConfig, DepthEstimator
     from cutline.transfer.segment import SegmentConfig, Segmenter
 
-    path = next((p for p in (Path(folder), Path(folder) / "model") if (p / CONFIG).is_file()), None)
-    if path is None:
-        raise DataError(f"{str(folder)!r} holds no transferred model ({CONFIG}).")
+    path = folder_of(folder)
     try:
-        content = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+        content = describe(path)
         encoder = _encoder(content["encoder"])
         model: Dense
         if content["kind"] == "Segmenter":
@@ -78,6 +76,23 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     model.source, model.source_hash = content["encoder"]["name"], content["encoder"]["hash"]
     model.labels, model.skipped = content["trained"], content["skipped"]
     return model.to(device).eval()
+
+
+def folder_of(folder: str | Path) -> Path:
+    """Where the transferred model is: `folder` or its `model/`. Raises `DataError`."""
+    path = next((p for p in (Path(folder), Path(folder) / "model") if (p / CONFIG).is_file()), None)
+    if path is None:
+        raise DataError(f"{str(folder)!r} holds no transferred model ({CONFIG}).")
+    return path
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """What `transfer.json` in a folder says of the model: kind, config, classes, encoder. Raises `DataError`."""
+    try:
+        content: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise DataError(f"cannot read the transferred model in {str(path)!r}: {e}") from e
+    return content
 
 
 def _encoder(stored: dict[str, Any]) -> Encoder:

@@ -38,6 +38,8 @@ OPERATIONS: _Table = {
     "Equalize": (None, False, lambda i, a: ImageOps.equalize(i)),
 }
 
+MOVING = frozenset({"ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate"})  # those that move pixels
+
 
 def draw_operations(count: int, magnitude: int, draw: Callable[[], float]) -> tuple[Operation, ...]:
     """`count` operations, each any of the table with equal chance, at `magnitude` (0 to `BINS`), the sign at random."""

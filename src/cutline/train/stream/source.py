@@ -38,14 +38,19 @@ def open_source(spec: str, where: str | None = None) -> Source:
     return table
 
 
-def check_columns(source: Source, wanted: Iterable[str]) -> None:
-    """Raise `ConfigError` naming the first wanted column the source lacks, what there is, and what is nearest."""
+def check_columns(source: Source, wanted: Iterable[str], by: str = "", made_by: str = "") -> None:
+    """Raise `ConfigError` naming the first wanted column the source lacks, what there is, and what is nearest.
+
+    by: the key of the recipe that wants it; made_by: a sentence on how to make it.
+    """
     for column in wanted:
         if column not in source.columns:
             near = difflib.get_close_matches(column, source.columns, n=1, cutoff=0.5)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             have = ", ".join(sorted(source.columns))
-            raise ConfigError(f"the data have no column {column!r}; they have: {have}.{hint}")
+            need = f"{by} needs a column that is not there: " if by else ""
+            more = f" {made_by}" if made_by else ""
+            raise ConfigError(f"{need}the data have no column {column!r}; they have: {have}.{hint}{more}")
 
 
 def fingerprint_of(source: Source, columns: Sequence[str]) -> str:

@@ -29,14 +29,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cutline.errors import ConfigError, DataError
-from cutline.objectives.base import Batch, Texts, View
+from cutline.objectives.base import Batch, Map, Texts, View
 from cutline.pairs.decode import BadPicture
+from cutline.train.stream.maps import LabelMaps
 from cutline.train.stream.order import Order, draws
 from cutline.train.stream.pictures import RowPicture, replay_view
 from cutline.train.stream.replay import DRAWN, IMAGE, TEACHERS, TEXT, Replay, Unusable
 from cutline.train.stream.source import Source, check_columns, fingerprint_of
 from cutline.train.stream.text import TextConfig, Tokenizer
-from cutline.train.stream.transforms import Augment, Normalize
+from cutline.train.stream.transforms import Augment, Augmentation, Normalize
 
 Channels = tuple[float, float, float]
 Floats = NDArray[np.float32]
@@ -65,7 +66,7 @@ class Stream:
     batch: samples a step over all `world` processes; this one, `rank`, gets its equal share. block: see `Order`. size,
     mean, std: of the tower; augment: of the view "image"; views: further ones, with a crop scale of their own and
     without RandAugment. text, tokenizer: None for objectives without text. columns: table columns to collate into
-    `Batch.columns`. replay: the prefix of stored augmentations, of which the view "image" is then one; the teachers'
+    `Batch.columns`; maps: columns of label maps, which follow the view "image" (see `maps.py`). replay: the prefix of stored augmentations, of which the view "image" is then one; the teachers'
     vectors come where `columns` asks for them (`replay.IMAGE`, `replay.TEXT`). threads: 0 does all in the caller, None
     takes one per core (of this process's share). max_bad: share of broken pictures at which to stop. pin: page-locked
     memory, for copies to a GPU beside its work.
@@ -78,9 +79,9 @@ class Stream:
     def __init__(
         self, source: Source, *, batch: int, size: int, mean: Channels, std: Channels, seed: int = 0,
         augment: Augment | None = None, text: TextConfig | None = None, tokenizer: Tokenizer | None = None,
-        views: Mapping[str, View] | None = None, columns: Sequence[str] = (), replay: str | None = None,
-        threads: int | None = None, block: int | None = None, max_bad: float = 0.01, rank: int = 0, world: int = 1,
-        pin: bool = False,
+        views: Mapping[str, View] | None = None, columns: Sequence[str] = (), maps: Sequence[Map] = (),
+        replay: str | None = None, threads: int | None = None, block: int | None = None, max_bad: float = 0.01,
+        rank: int = 0, world: int = 1, pin: bool = False,
     ) -> None:  # fmt: skip
         assert (text is None) == (tokenizer is None)
         self.source, self.text, self.tokenizer = source, text, tokenizer
@@ -102,7 +103,8 @@ class Stream:
                 "data.replay to the prefix that was given to `cutline reinforce … --as PREFIX`."
             )
         self.replay = None if replay is None else Replay(source, replay, text, asked)
-        more = self.replay.columns if self.replay else []
+        self.maps = LabelMaps(source, maps, augment, replay is not None)
+        more = [*(self.replay.columns if self.replay else []), *self.maps.columns]
         self.read_columns = list(dict.fromkeys(["key", "image", *texts, *self.columns, *more]))
         self.normalize = Normalize(mean, std)
         self._buffers = _Buffers(pin)
@@ -170,8 +172,8 @@ class Stream:
             broken = row
             for attempt in range(ATTEMPTS + 1):
                 try:
-                    drawn = self._picture(row, epoch, values, at, out)
-                    self._words(row, epoch, values, drawn, part)
+                    drawn, how = self._picture(row, epoch, values, at, out)
+                    self._words(row, epoch, values, drawn, how, part)
                     break
                 except (BadPicture, Unusable) as e:
                     detail = e.detail if isinstance(e, Unusable) else ""
@@ -191,19 +193,22 @@ class Stream:
     def _read(self, rows: list[int]) -> list[Row]:
         return self.source.read(rows, self.read_columns)
 
-    def _picture(self, row: int, epoch: int, values: Row, at: int, out: Mapping[str, Floats]) -> int:
-        """Write all views of a row; returns which of its stored augmentations was drawn (−1 without `replay`).
+    def _picture(
+        self, row: int, epoch: int, values: Row, at: int, out: Mapping[str, Floats]
+    ) -> tuple[int, Augmentation]:
+        """Write all views of a row; returns which of its stored augmentations was drawn (−1 without `replay`), and what
+        was done to the view "image".
 
         Raises `BadPicture` or `Unusable`.
         """
         if values["image"] is None:
             raise Unusable("unreadable", str(values.get("error", "")))
         picture, seed, drawn = RowPicture(values["image"]), self.order.seed, -1
-        views = self.views
+        views, done = self.views, dict[str, Augmentation]()
         if self.replay is not None:
-            drawn, stored = self.replay.draw(values, picture.size, draws(seed, epoch, row, "replay"))
+            drawn, done["image"] = self.replay.draw(values, picture.size, draws(seed, epoch, row, "replay"))
             size = views["image"][1]
-            self.normalize(replay_view(picture, self.replay.augment, stored, size), out["image"][at])
+            self.normalize(replay_view(picture, self.replay.augment, done["image"], size), out["image"][at])
             views = {name: view for name, view in views.items() if name != "image"}
         plan = [
             (name, at * count + copy, augment, augment.draw(*picture.size, draw), size)
@@ -215,11 +220,12 @@ class Stream:
             pixels = picture.pixels((how, size) for *_, how, size in plan)
             for name, place, augment, how, size in plan:
                 self.normalize(augment.apply(pixels, how, size), out[name][place])
-        return drawn
+                done[name] = how
+        return drawn, done["image"]
 
-    def _words(self, row: int, epoch: int, values: Row, drawn: int, part: _Part) -> None:
+    def _words(self, row: int, epoch: int, values: Row, drawn: int, how: Augmentation, part: _Part) -> None:
         """Put the rest of a row into `part`, or raise `Unusable` and leave `part` as it is."""
-        columns = {c: [values[c]] for c in self.columns}
+        columns = {c: [values[c]] for c in self.columns} | {c: [m] for c, m in self.maps.of(values, how).items()}
         picks = self.text.pick(values, draws(self.order.seed, epoch, row, "text")) if self.text else {}
         if self.replay is not None:
             columns[DRAWN] = [drawn]
