@@ -155,7 +155,7 @@ def test_normals_come_from_depth_in_metres(experts, pairs):
 
 
 def test_errors_name_what_to_change(experts, tmp_path):
-    with pytest.raises(ConfigError, match="--expert 'edges' is unknown: take segment, depth or normals"):
+    with pytest.raises(ConfigError, match="'segment', 'depth' or 'normals' .got 'edges'"):
         label_work("edges", "x", "c")
     with pytest.raises(DataError, match="does depth estimation"):
         label_work("depth", experts["segformer"], "c").provenance()

@@ -2,16 +2,20 @@
 
 import json
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cutline import objectives
 from cutline.objectives.base import Batch, Features, Texts
+from cutline.train import loop
+from cutline.train.recipe import Recipe
 
 
 def recipe(text: dict[str, Any] | None = None, **methods: Any) -> dict[str, Any]:
@@ -35,6 +39,41 @@ def recipe(text: dict[str, Any] | None = None, **methods: Any) -> dict[str, Any]
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def stopped_and_resumed(values: dict[str, Any] | Recipe, out: Path, step: int) -> Path:
+    """A run that was interrupted before it took this step, and gone on with."""
+    plan, real = Recipe.model_validate(values), loop.train_step
+
+    def interrupted(run: loop.Run, batch: Batch) -> dict[str, float]:
+        if run.step == step:
+            raise KeyboardInterrupt
+        return real(run, batch)
+
+    with pytest.MonkeyPatch.context() as stopped:
+        stopped.setattr(loop, "train_step", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(plan, out, show=False)
+    return loop.train(plan, out, resume=True, show=False)
+
+
+def same_values_and_gradients(
+    model: nn.Module, objective: nn.Module, losses: Sequence[Callable[[], Tensor]], **tolerance: float
+) -> set[str]:
+    """Assert that two ways to a loss agree in value and in all gradients of the image tower and the objective's own
+    parameters; returns the names of those that have one."""
+    found: list[dict[str, Any]] = []
+    for loss in losses:
+        model.zero_grad()
+        objective.zero_grad()
+        value = loss()
+        value.backward()
+        named = dict(model.visual.named_parameters()) | dict(objective.named_parameters())  # type: ignore[union-attr,operator]
+        found.append({"value": value.detach()} | {n: p.grad for n, p in named.items() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], **tolerance)
+    return set(found[0])
 
 
 class Linears(nn.Module):

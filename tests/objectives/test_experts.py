@@ -310,6 +310,6 @@ def test_errors_name_what_to_change(tmp_path):
         check(Recipe, values)
     plan = Recipe.model_validate(recipe(experts=SEGMENT))
     with pytest.raises(
-        ConfigError, match=r"objectives.experts.segment learns from the column 's'.*cutline label PAIRS"
+        ConfigError, match=r"objectives.experts.segment needs a column.*no column 's'.*cutline label PAIRS"
     ):
         loop.train(plan, tmp_path / "run", show=False)

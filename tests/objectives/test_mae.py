@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from objectives_made import recipe, rows_of
+from objectives_made import recipe, rows_of, same_values_and_gradients, stopped_and_resumed
 from processes import LEAVE, on_two_processes
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -110,7 +110,7 @@ def plain_loss(model: nn.Module, objective: Objective, images: Tensor, order: Te
 @pytest.mark.parametrize("pool", ["tok", "avg"])
 def test_value_and_gradients_equal_the_plain_form(pool):
     model, objective = made({"pool_type": pool, "layers": 2})
-    images, found = pictures(), []
+    images = pictures()
     torch.manual_seed(5)
     order = objective.order(4, images.device)
 
@@ -119,17 +119,9 @@ def test_value_and_gradients_equal_the_plain_form(pool):
         batch = base.Batch({"image": images}, {})
         return objective(batch, base.Features(model, batch))["pixels"]
 
-    for loss in (ours, lambda: plain_loss(model, objective, images, order)):
-        model.zero_grad()
-        objective.zero_grad()
-        value = loss()
-        value.backward()
-        names = dict(model.visual.named_parameters()) | dict(objective.named_parameters())
-        found.append({"value": value.detach()} | {n: p.grad for n, p in names.items() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() >= {"conv1.weight", "class_embedding", "decoder.token"}
-    assert {n for n, _ in objective.named_parameters()} <= found[0].keys()
-    for name, value in found[0].items():
-        torch.testing.assert_close(value, found[1][name], rtol=1e-8, atol=1e-11)
+    losses = (ours, lambda: plain_loss(model, objective, images, order))
+    names = same_values_and_gradients(model, objective, losses, rtol=1e-8, atol=1e-11)
+    assert names >= {"conv1.weight", "class_embedding", *(n for n, _ in objective.named_parameters())}
 
 
 def test_positions_of_the_decoder_are_fixed_sines_and_cosines():
@@ -314,7 +306,7 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
             torch.testing.assert_close(r["grads"][name], grad, rtol=1e-9, atol=1e-12)
 
 
-def test_it_trains_without_texts_and_resumes_exactly_with_its_masks(tmp_path, monkeypatch):
+def test_it_trains_without_texts_and_resumes_exactly_with_its_masks(tmp_path):
     values = recipe(mae=SMALL | {"width": 32})
     values["train"] |= {"batch": 16, "samples": 60 * 16, "warmup": 8, "save_every": 40}
     whole = loop.train(Recipe.model_validate(values), tmp_path / "whole", show=False)
@@ -322,17 +314,7 @@ def test_it_trains_without_texts_and_resumes_exactly_with_its_masks(tmp_path, mo
     assert sum(r["mae/pixels"] for r in rows[-8:]) < sum(r["mae/pixels"] for r in rows[:8]) - 8 * 0.1
     assert sum(r["mae/explained"] for r in rows[-8:]) / 8 > 0.02
     assert rows[-1]["mae/feature_std"] > 0.1
-    real = loop.train_step
-
-    def stop_at_43(run, batch):
-        if run.step == 43:
-            raise KeyboardInterrupt
-        return real(run, batch)
-
-    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        stopped.setattr(loop, "train_step", stop_at_43)
-        loop.train(Recipe.model_validate(values), tmp_path / "again", show=False)
-    again = loop.train(Recipe.model_validate(values), tmp_path / "again", resume=True, show=False)
+    again = stopped_and_resumed(values, tmp_path / "again", 43)
     assert [r["loss"] for r in rows_of(again)] == [r["loss"] for r in rows]
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from objectives_made import OWNERS, batch_of, recipe, rows_of, step
+from objectives_made import OWNERS, batch_of, recipe, rows_of, step, stopped_and_resumed
 from processes import LEAVE, on_two_processes
 
 from cutline.config import dump
@@ -101,19 +101,9 @@ def whole(tmp_path_factory) -> Path:
     return loop.train(plan(), tmp_path_factory.mktemp("whole") / "run", show=False)
 
 
-def test_a_run_resumes_exactly_with_bias_and_heads(whole, tmp_path, monkeypatch):
+def test_a_run_resumes_exactly_with_bias_and_heads(whole, tmp_path):
     """Stopped after step 5, two steps past the checkpoint."""
-    real = loop.train_step
-
-    def stop_at_5(run, batch):
-        if run.step == 5:
-            raise KeyboardInterrupt
-        return real(run, batch)
-
-    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        stopped.setattr(loop, "train_step", stop_at_5)
-        loop.train(plan(), tmp_path / "run", show=False)
-    loop.train(plan(), tmp_path / "run", resume=True, show=False)
+    stopped_and_resumed(plan(), tmp_path / "run", 5)
     assert [r["loss"] for r in rows_of(tmp_path / "run")] == [r["loss"] for r in rows_of(whole)]
     ends = [loop.prepare(plan(), run, resume=True).trainee.state_dict() for run in (whole, tmp_path / "run")]
     assert "model.logit_bias" in ends[0]

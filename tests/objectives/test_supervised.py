@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from objectives_made import recipe, rows_of
+from objectives_made import recipe, rows_of, same_values_and_gradients
 from processes import LEAVE, on_two_processes
 from torch import Tensor
 
@@ -64,23 +64,16 @@ def plain(logits: Tensor, given: list[list[int] | None], single: bool, positive:
 def test_value_and_gradients_equal_the_formula(single, positive):
     values, given = (ONE, ONE_IDS) if single else (MANY, MANY_IDS)
     model, objective = made(single=single, positive=positive)
-    batch, found = batch_of(values), []
+    batch = batch_of(values)
 
     def by_hand() -> Tensor:
         picture = model.encode_image(batch.views["image"])
         unit = picture / picture.square().sum(1, keepdim=True).sqrt()
         return plain(4 * unit @ objective.head.weight.T + objective.head.bias, given, single, positive)
 
-    for loss in (lambda: objective(batch, Features(model, batch))["labels"], by_hand):
-        model.zero_grad()
-        objective.zero_grad()
-        value = loss()
-        value.backward()
-        names = dict(model.visual.named_parameters()) | dict(objective.named_parameters())
-        found.append({"value": value.detach()} | {n: p.grad for n, p in names.items() if p.grad is not None})
-    assert found[0].keys() == found[1].keys() >= {"head.weight", "head.bias", "proj", "conv1.weight"}
-    for name, value in found[0].items():
-        torch.testing.assert_close(value, found[1][name], rtol=1e-9, atol=1e-12)
+    losses = (lambda: objective(batch, Features(model, batch))["labels"], by_hand)
+    names = same_values_and_gradients(model, objective, losses, rtol=1e-9, atol=1e-12)
+    assert names >= {"head.weight", "head.bias", "proj", "conv1.weight"}
     assert objective.logged["labelled"].item() == pytest.approx(sum(g is not None for g in given) / 6)
     assert objective.logged["unknown"].item() == pytest.approx(1 / 4 if single else 1 / 6)
     assert objective.logged["feature_std"] > 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
-from objectives_made import recipe, rows_of
+from objectives_made import recipe, rows_of, stopped_and_resumed
 from processes import LEAVE, on_two_processes
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -314,21 +314,11 @@ def test_two_processes_equal_one_on_the_joined_batch(tmp_path):
     assert trainee.state_dict()["objectives.silc.prototypes.centre"].abs().max() > 0
 
 
-def test_a_run_of_all_three_resumes_exactly_with_teacher_and_centre(tmp_path, monkeypatch):
+def test_a_run_of_all_three_resumes_exactly_with_teacher_and_centre(tmp_path):
     values = recipe(**BOTH)
     values["train"] |= {"samples": 80, "save_every": 4}
     whole = loop.train(Recipe.model_validate(values), tmp_path / "whole", show=False)
-    real = loop.train_step
-
-    def stop_at_6(run, batch):
-        if run.step == 6:
-            raise KeyboardInterrupt
-        return real(run, batch)
-
-    with monkeypatch.context() as stopped, pytest.raises(KeyboardInterrupt):  # noqa: PT012
-        stopped.setattr(loop, "train_step", stop_at_6)
-        loop.train(Recipe.model_validate(values), tmp_path / "again", show=False)
-    again = loop.train(Recipe.model_validate(values), tmp_path / "again", resume=True, show=False)
+    again = stopped_and_resumed(values, tmp_path / "again", 6)
     assert [r["loss"] for r in rows_of(again)] == [r["loss"] for r in rows_of(whole)]
     ends = [loop.prepare(Recipe.model_validate(values), run, resume=True).trainee for run in (whole, again)]
     states = [end.state_dict() for end in ends]

@@ -110,6 +110,7 @@ def test_a_plan_with_an_unknown_arm_or_key_is_refused(tmp_path):
         ({"arms": TINY["arms"] | {"alt-text": None}}, "arm 'alt-text'.*that of 'alt text'"),
         ({"tasks": {"model": TINY["tasks"]["seg"]}}, "task 'model'.*a run's own"),
         ({"recaption": {"scenes": "scenes:n=8", "write": {"top_k": 5}}}, "recaption.*in write.*unknown key 'top_k'"),
+        ({"recaption": {"scenes": "scenes:n=8", "write": {"column": "x"}}}, "recaption.*'column' is not to be chosen"),
         ({"recaption": {"scenes": "scenes:n=8", "captioner": {"nope": 1}}}, "recaption.*in captioner.*unknown key 'nope'"),
         ({"recaption": {"scenes": "scenes:nn=8"}}, "recaption.*in scenes"),
         ({"seeds": [0, -1]}, "seeds.1.*greater than or equal to 0"),

@@ -189,7 +189,7 @@ def test_a_map_of_another_size_than_its_picture_is_counted_and_stops_the_run():
 def test_what_does_not_fit_is_told_before_training(tmp_path):
     with pytest.raises(
         ConfigError,
-        match=r"objectives.experts.x learns from the column 'seg'.*cutline label PAIRS --expert segment --with MODEL --as seg",
+        match=r"objectives.experts.x needs a column.*no column 'seg'.*cutline label PAIRS --expert segment --with MODEL --as seg",
     ):
         stream(Positions(), [request("seg", "segment")])
     with pytest.raises(ConfigError, match=r"RandAugment.*data.augment.operations=0"):

@@ -117,7 +117,7 @@ def train_captioner(
     """Train a captioner on the captions in `column` into the folder `out`; returns its scores on held-out rows.
 
     metrics: loss of the held-out captions; BLEU-4, CIDEr-D and precision, recall and F1 of content words of what it
-    writes for the held-out pictures (greedy). Raises `DataError` for fewer than two rows with a caption and `ConfigError`
+    writes for the held-out pictures (greedy). Raises `DataError` for fewer than three rows with a caption and `ConfigError`
     for a folder that holds a run, unless `resume` goes on with it. Under torchrun: on all its processes.
     """
     with process_group(config.train.device):
@@ -213,7 +213,7 @@ def _with_others(learnt: Rows, held: Rows, also: list[str], good: float) -> Rows
     """The rows with a good caption, each as often as makes them the share `good`, and those with other text."""
     if good == 1 or not also:
         return learnt
-    others = np.setdiff1d(np.arange(len(learnt.pairs)), [*learnt.rows, *held.rows], assume_unique=True)
+    others = np.setdiff1d(np.arange(len(learnt.pairs)), np.concatenate([learnt.rows, held.rows]), assume_unique=True)
     times = max(1, round(good / (1 - good) * len(others) / len(learnt)))
     return Rows(learnt.pairs, np.concatenate([np.tile(learnt.rows, times), others]), [learnt.fingerprint, also, good])
 

@@ -21,7 +21,7 @@ from pydantic import Field, PrivateAttr
 from cutline.captions.work import Failed, Made, Row, Worker, picture_of
 from cutline.config import Config, apply, check
 from cutline.errors import ConfigError
-from cutline.experts.models import Description, Task, check_expert, describe_expert, load_expert
+from cutline.experts.models import Description, Task, describe_expert, load_expert
 from cutline.pairs import Pairs, Provenance
 from cutline.train.stream import maps
 
@@ -128,7 +128,6 @@ class LabelWorker(Worker):
 
 def label_work(expert: str, model: str, column: str, overrides: Sequence[str] = ()) -> LabelWork:
     """The work of `cutline label`; overrides of its config. Raises `ConfigError` and, for the model, `DataError`."""
-    check_expert(expert)
     taken = [o for o in overrides if o.partition("=")[0] in ("expert", "model", "column")]
     if taken:
         raise ConfigError(

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from cutline.captions.huggingface import HfModel, loading
-from cutline.errors import ConfigError, DataError
+from cutline.errors import DataError
 from cutline.record import hash_files
 from cutline.train.device import device_of
 from cutline.train.stream.maps import RELATIVE, aligned
@@ -172,9 +172,3 @@ def _auto_class(kind: type, task: Task) -> Any:
     if kind in (transformers.MaskFormerConfig, transformers.Mask2FormerConfig):
         return transformers.AutoModelForUniversalSegmentation
     return None
-
-
-def check_expert(expert: str) -> None:
-    """Raise `ConfigError` for a kind of label that there is not."""
-    if expert not in ("segment", "depth", "normals"):
-        raise ConfigError(f"--expert {expert!r} is unknown: take segment, depth or normals.")

@@ -27,13 +27,12 @@ from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from cutline.errors import ConfigError
 from cutline.objectives import base
 from cutline.objectives.contrastive import widen
 from cutline.objectives.teacher import spread
 from cutline.towers import load_encoder
 from cutline.towers.model import Model
-from cutline.towers.vit import NativeViT
+from cutline.towers.vit import NativeViT, by_patches
 
 # Pixels of which less than this is explained for so many steps on end: training has collapsed, or never began.
 LEAST, PATIENCE = 0.01, 500
@@ -99,20 +98,12 @@ class Objective(base.Objective):
 
     def __init__(self, config: Config, model: Model) -> None:
         super().__init__(config, model)
-        encoder = load_encoder(model)
-        if not isinstance(encoder, NativeViT) or not isinstance(encoder.visual.conv1, nn.Conv2d):
-            raise ConfigError(
-                f"objectives.mae shows the tower some of the patches and no others, which only open_clip's own vision "
-                f"transformers with a patch embedding can take, and {encoder.name} is another: train ViT-B-16 or a preset "
-                f"such as vit-tiny-64, or take objectives.silc, which works with every tower."
-            )
+        encoder = by_patches(load_encoder(model), "mae", "shows the tower some of the patches and no others")
         self._encoder: tuple[NativeViT] = (encoder,)  # in a tuple: not a part of this module
         self.grid: tuple[int, int] = encoder.visual.grid_size
         self.patch: int = encoder.multiple
         patches = self.grid[0] * self.grid[1]
         self.masked = min(max(round(config.ratio * patches), 1), patches - 1)
-        if not self.masked:
-            raise ConfigError(f"objectives.mae: {encoder.name} makes one patch of a picture, so none can be masked.")
         self.decoder = Decoder(encoder.channels[-1], self.grid, 3 * self.patch**2, config)
         self._low = 0  # steps in which all pictures looked alike, in a row
 

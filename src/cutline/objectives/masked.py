@@ -16,14 +16,15 @@ Only a plain transformer can be shown a token in place of a patch, and of those 
 Shapes: B pictures, N patches, C width of the tower.
 """
 
+import math
+
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from cutline.errors import ConfigError
 from cutline.objectives import base, teacher
 from cutline.towers.model import Model
-from cutline.towers.vit import NativeViT
+from cutline.towers.vit import NativeViT, by_patches
 
 
 class Config(teacher.Config):
@@ -38,18 +39,9 @@ class Objective(teacher.SelfDistillation):
 
     def __init__(self, config: Config, model: Model) -> None:
         super().__init__(config, model)
-        encoder = self.student
-        if not isinstance(encoder, NativeViT):
-            raise ConfigError(
-                f"objectives.masked shows the tower a token in place of patches, which only open_clip's own vision "
-                f"transformers take, and {encoder.name} has another: train ViT-B-16 or a preset such as vit-tiny-64, or "
-                f"take objectives.silc, which works with every tower."
-            )
-        height, width = encoder.visual.grid_size
-        self.patches = height * width
+        encoder = by_patches(self.student, "masked", "shows the tower a token in place of patches")
+        self.patches = math.prod(encoder.visual.grid_size)
         self.masked = min(max(round(config.ratio * self.patches), 1), self.patches - 1)
-        if not self.masked:
-            raise ConfigError(f"objectives.masked: {encoder.name} makes one patch of a picture, so none can be masked.")
         self.prototypes = teacher.Prototypes(encoder.channels[-1], config)
         self.token = nn.Parameter(nn.init.normal_(torch.empty(encoder.channels[-1]), std=0.02))
 

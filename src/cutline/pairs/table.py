@@ -5,6 +5,7 @@ under its reader: adding a column makes a new version, which `open` shows.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -140,7 +141,7 @@ class Pairs:
         """The same of these columns (and those that the filter names) alone, so that adding others changes nothing."""
         digests: list[Any] = []
         for field in self.schema:
-            if field.name not in columns and field.name not in (self.filter or ""):
+            if field.name not in columns and not re.search(rf"\b{re.escape(field.name)}\b", self.filter or ""):
                 continue
             digest = (field.metadata or {}).get(CONTENT.encode())
             digests.append([field.name, str(field.type), digest.decode() if digest else self._files()])

@@ -68,6 +68,8 @@ class Recaption(Config):
     def _check(self) -> "Recaption":
         _or_value_error("captioner", lambda: check(CaptionerConfig, self.captioner))
         _or_value_error("scenes", lambda: parse_spec(self.scenes))
+        if own := {"model", "column"} & self.write.keys():
+            raise ValueError(f"in write: {min(own)!r} is not to be chosen; the captioner writes {OURS}")
         _or_value_error("write", lambda: check(CocaWriter, {**self.write, "model": "captioner", "column": OURS}))
         return self
 

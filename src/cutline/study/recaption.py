@@ -33,7 +33,7 @@ def recaption(plan: Recaption, out: Path, say: Callable[[str], None]) -> Pairs:
         train_captioner(pairs, HUMAN, captioner, check(CaptionerConfig, plan.captioner), resume=True)
         pairs, report = run(
             pairs,
-            CocaWriter(**{**plan.write, "model": str(captioner), "column": OURS}),
+            CocaWriter(str(captioner), OURS, **plan.write),
             OURS,
             RunConfig(batch=256),
             say=say,

@@ -7,6 +7,7 @@ timm's towers can take any size once told to, and keep their values at their own
 Shapes: B pictures, h × w patches, N = h·w, P prefix tokens (class, registers), C width, D joint width.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -106,6 +107,23 @@ class NativeViT(Encoder):
             return int(name.split(".")[2]) + 1
         stem = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
         return 0 if name.startswith(stem) else self.num_layers
+
+
+def by_patches(encoder: Encoder, objective: str, does: str) -> NativeViT:
+    """The encoder, for an objective that hides patches. Raises `ConfigError` for towers that cannot be shown some of them:
+    open_clip's own can, if their embedding sees a patch alone (behind a convolutional stem the visible tell of the hidden).
+    """
+    if not isinstance(encoder, NativeViT) or not isinstance(encoder.visual.conv1, nn.Conv2d):
+        raise ConfigError(
+            f"objectives.{objective} {does}, which only open_clip's own vision transformers with a patch embedding can take, "
+            f"and {encoder.name} is another: train ViT-B-16 or a preset such as vit-tiny-64, or take objectives.silc, which "
+            "works with every tower."
+        )
+    if math.prod(encoder.visual.grid_size) < 2:
+        raise ConfigError(
+            f"objectives.{objective}: {encoder.name} makes one patch of a picture, so none can be masked."
+        )
+    return encoder
 
 
 class TimmViT(Encoder):

@@ -25,7 +25,7 @@ from cutline.errors import ConfigError, DataError
 from cutline.objectives.base import Map
 from cutline.train.stream.randaugment import MOVING
 from cutline.train.stream.replay import Unusable
-from cutline.train.stream.source import Cached, Source
+from cutline.train.stream.source import Cached, Source, check_columns
 from cutline.train.stream.transforms import Augment, Augmentation
 
 Array = NDArray[Any]
@@ -147,12 +147,8 @@ class LabelMaps:
         inner: Any = source.source if isinstance(source, Cached) else source
         self.scales: dict[str, float] = {}
         for m in maps:
-            if m.column not in source.columns:
-                raise ConfigError(
-                    f"{m.by} learns from the column {m.column!r}, and the data have none of this name; they have: "
-                    f"{', '.join(sorted(source.columns))}. Make it with: cutline label PAIRS --expert {m.kind} --with MODEL "
-                    f"--as {m.column}"
-                )
+            made_by = f"Make it with: cutline label PAIRS --expert {m.kind} --with MODEL --as {m.column}"
+            check_columns(source, [m.column], m.by, made_by)
             provenance = inner.provenance(m.column) if hasattr(inner, "provenance") else None
             settings = provenance.settings if provenance else {}
             _check_settings(m, settings)
