@@ -16,12 +16,17 @@ from cutline.scenes import parse_spec
 from cutline.train.recipe import Recipe
 from cutline.transfer.depth import DepthConfig
 from cutline.transfer.segment import SegmentConfig
+from cutline.zeroshot.retrieve import RetrieveConfig
 
 OURS = "caption_ours"  # what the captioner of `Recaption` writes
 SIZES = ("tiny", "small", "full")
 
 # The number a task is judged by, its unit's factor for tables, and whether more is better.
-HEADLINE: dict[str, tuple[str, float, bool]] = {"segment": ("miou", 100.0, True), "depth": ("rmse", 1.0, False)}
+HEADLINE: dict[str, tuple[str, float, bool]] = {
+    "segment": ("miou", 100.0, True),
+    "depth": ("rmse", 1.0, False),
+    "retrieve": ("i2t_r1", 100.0, True),
+}
 
 
 def _or_value_error(where: str, build: Callable[[], object]) -> None:
@@ -33,9 +38,12 @@ def _or_value_error(where: str, build: Callable[[], object]) -> None:
 
 
 class Task(Config):
-    """One transfer: the kind, its SPEC and its config. Every arm gets the same."""
+    """One transfer or zero-shot task: the kind, its data and its config. Every arm gets the same.
 
-    task: Literal["segment", "depth"]
+    data: a SPEC; for "retrieve" a table or `scenes:n=…`. An arm whose text tower was not trained retrieves by chance.
+    """
+
+    task: Literal["segment", "depth", "retrieve"]
     data: str
     config: dict[str, Any] = Field(default_factory=dict)
 
@@ -44,8 +52,10 @@ class Task(Config):
         _or_value_error("config", lambda: self.build(0))
         return self
 
-    def build(self, seed: int) -> SegmentConfig | DepthConfig:
-        """The task's config with a study's seed."""
+    def build(self, seed: int) -> SegmentConfig | DepthConfig | RetrieveConfig:
+        """The task's config with a study's seed, where it draws anything."""
+        if self.task == "retrieve":
+            return check(RetrieveConfig, self.config)
         values = {**self.config, "seed": seed}
         return check(SegmentConfig, values) if self.task == "segment" else check(DepthConfig, values)
 

@@ -15,8 +15,9 @@ from cutline.study.cards import cards
 from cutline.study.plan import HEADLINE, Plan
 from cutline.study.runner import Cell, results
 from cutline.study.statistics import ONE_SEED, Difference, difference, headline, mean_spread, scores
+from cutline.zeroshot.retrieve import RetrieveConfig
 
-UNITS = {"segment": "mIoU, % ↑", "depth": "RMSE, m ↓"}
+UNITS = {"segment": "mIoU, % ↑", "depth": "RMSE, m ↓", "retrieve": "R@1, picture to text, % ↑"}
 COLOURS = ["#9aa3b2", "#d9822b", "#2b5bd7", "#0b7a4b", "#8e44ad", "#b3402a"]
 
 
@@ -95,7 +96,7 @@ def _rows(plan: Plan, found: dict[Cell, Result]) -> list[dict[str, Any]]:
 
 
 def _digits(plan: Plan, task: str) -> int:
-    return 1 if plan.tasks[task].task == "segment" else 3
+    return 3 if plan.tasks[task].task == "depth" else 1
 
 
 def _difference_cell(plan: Plan, task: str, d: Difference | None) -> dict[str, str]:
@@ -202,7 +203,9 @@ def _compare_predictions(plan: Plan, out: Path, name: str, arms: list[str]) -> s
 
     task = plan.tasks[name]
     data = open_data(task.data, task.task)
-    split = data.split(task.build(0).split)
+    config = task.build(0)
+    assert not isinstance(config, RetrieveConfig)
+    split = data.split(config.split)
     samples = [split.read(i) for i in range(min(plan.show, len(split)))]
     images = [s.image for s in samples]
     columns = [("picture", images), ("truth", [s.target for s in samples])]
@@ -284,7 +287,13 @@ def _how(plan: Plan, found: dict[Cell, Result]) -> list[str]:
         ]
     for name in plan.tasks:
         first = next((r for c, r in found.items() if c.task == name), None)
-        if first is not None:
+        if first is not None and first.protocol.task == "retrieve":
+            m = first.metrics
+            lines.append(
+                f"{name}: {m['pictures']:,.0f} pictures and {m['texts']:,.0f} texts of {first.protocol.data}, without training; "
+                f"chance {m['chance_i2t_r1']:.1%}; protocol {first.protocol.column()}."
+            )
+        elif first is not None:
             s = first.protocol.settings
             what = "frozen encoder, " if s.get("frozen") else "fine-tuned, "
             lines.append(

@@ -49,6 +49,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "vit-tiny-64": _vit(64, 8, 128, 4, 128, 3),  # 64 tokens, 0.8 M image parameters
     "vit-tiny-112": _vit(112, 16, 192, 6, 192, 4),  # 49 tokens, 2.8 M
     "vit-small-112": _vit(112, 8, 384, 8, 256, 6),  # 196 tokens, 14.4 M: one GPU
+    "coca-vit-tiny-64": coca(64, 8, 128, 4, 3),  # vit-tiny-64's image tower, and a decoder
     # Convolutions alone: with few pictures each transformer layer behind them made captions worse.
     "coca-tiny-64": coca(64, 8, 128, 0, 2, (32, 64, 128)),
     "coca-tiny-112": coca(112, 16, 192, 0, 2, (32, 64, 128, 192)),
