@@ -46,6 +46,7 @@ TINY = {
     "tasks": {
         "seg": {"task": "segment", "data": "scenes:n=8,size=48,seed=2", "config": {"head": "linear", "frozen": True, "steps": 2, "batch": 4}},
         "depth": {"task": "depth", "data": "scenes:n=8,size=48,seed=2", "config": {"head": "linear", "frozen": True, "steps": 2, "batch": 4}},
+        "retrieval": {"task": "retrieve", "data": "scenes:n=8,size=48,seed=3", "config": {"columns": ["captions"]}},
     },
 }  # fmt: skip
 
@@ -184,7 +185,7 @@ def study(tmp_path_factory) -> Path:
 
 def test_a_killed_study_goes_on_and_finishes_every_cell(study):
     plan = load_plan(study / "plan.yaml")
-    assert len(results(plan, study / "out")) == 4 * 2 * 2
+    assert len(results(plan, study / "out")) == 4 * 2 * 3
     assert "difference" in (study / "stdout").read_text()
 
 
@@ -209,6 +210,7 @@ def test_the_report_stands_alone_and_shows_everything(study):
         "no clear difference",
         "How this was measured",
         "side by side",
+        "8 pictures and 40 texts of scenes:n=8,size=48,seed=3, without training; chance",
         "<svg",
     ):
         assert text in page

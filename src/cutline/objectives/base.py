@@ -7,6 +7,7 @@ Shapes: B pictures of this process, D joint embedding width, T tokens, M texts o
 several captions belong to one picture).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -91,6 +92,9 @@ class Batch:
         )
 
 
+Tower = Callable[[Tensor], dict[str, Tensor]]
+
+
 class Features:
     """Embeddings of one batch, each computed once, when the first objective asks for it.
 
@@ -100,25 +104,23 @@ class Features:
     from the same pass as the embedding.
     """
 
-    # Objectives compare samples only through this class: whoever computes features otherwise replaces it alone.
+    # Objectives compare samples only through this class: whoever computes features otherwise replaces `run` alone.
 
     def __init__(self, model: Any, batch: Batch, encoder: Any = None) -> None:
         self.model, self.batch, self.encoder = model, batch, encoder
         self.gives_tokens = bool(getattr(model, "gives_tokens", False))
         self._cache: dict[tuple[str, str], Tensor] = {}
 
+    def run(self, tower: Tower, inputs: Tensor) -> dict[str, Tensor]:
+        """A pass of a tower: every tensor it gives has a row for each of `inputs`."""
+        return tower(inputs)
+
     def image(self, view: str = "image") -> Tensor:
-        key = ("image", view)
-        if key not in self._cache:
-            pictures = self.batch.views[view]
-            if self.gives_tokens:
-                self._cache[key], self._cache["image tokens", view] = self.model.image_and_tokens(pictures)
-            elif self.encoder is not None and view == "image":
-                pooled, self._cache["dense", view] = self.encoder.pooled_and_last(pictures)
-                self._cache[key] = nn.functional.normalize(pooled, dim=-1)
-            else:
-                self._cache[key] = self.model.encode_image(pictures, normalize=True)
-        return self._cache[key]
+        if ("image", view) not in self._cache:
+            tower = self._look_densely if self.encoder is not None and view == "image" else self._look
+            found = self.run(tower, self.batch.views[view])
+            self._cache |= {(what, view): value for what, value in found.items()}
+        return self._cache["image", view]
 
     def dense(self) -> Tensor:
         """(B, C, h, w), see `Encoder.last`. A CoCa, whose tokens are pooled otherwise, makes it in a pass of its own."""
@@ -129,7 +131,8 @@ class Features:
         if ("dense", "image") not in self._cache and not self.gives_tokens and ("image", "image") not in self._cache:
             self.image()
         if ("dense", "image") not in self._cache:
-            self._cache["dense", "image"] = self.encoder.last(self.batch.views["image"])
+            found = self.run(lambda x: {"dense": self.encoder.last(x)}, self.batch.views["image"])
+            self._cache["dense", "image"] = found["dense"]
         return self._cache["dense", "image"]
 
     def image_tokens(self, view: str = "image") -> Tensor:
@@ -139,23 +142,36 @@ class Features:
     def text(self, source: str = "text") -> Tensor:
         if ("text", source) not in self._cache:
             # One pass of the text tower for all sources: small batches waste it, and DataCompDR trains that way.
-            sources = list(self.batch.texts)
-            width = max(self.batch.texts[s].tokens.shape[1] for s in sources)
-            tokens = [nn.functional.pad(t.tokens, (0, width - t.tokens.shape[1])) for t in self.batch.texts.values()]
-            counts = [len(t) for t in tokens]
-            if self.gives_tokens:
-                embedded, each = self.model.text_and_tokens(torch.cat(tokens))
-                for s, part in zip(sources, each.split(counts), strict=True):
-                    self._cache["text tokens", s] = part[:, : self.batch.texts[s].tokens.shape[1]]
-            else:
-                embedded = self.model.encode_text(torch.cat(tokens), normalize=True)
-            for s, part in zip(sources, embedded.split(counts), strict=True):
-                self._cache["text", s] = part
+            texts = self.batch.texts
+            width = max(t.tokens.shape[1] for t in texts.values())
+            tokens = [nn.functional.pad(t.tokens, (0, width - t.tokens.shape[1])) for t in texts.values()]
+            found = self.run(self._read, torch.cat(tokens))
+            for what, value in found.items():
+                parts = zip(texts, torch.split(value, [len(t) for t in tokens]), strict=True)
+                self._cache |= {(what, s): part for s, part in parts}
         return self._cache["text", source]
 
     def text_tokens(self, source: str = "text") -> Tensor:
         self.text(source)
-        return self._cache["text tokens", source]
+        return self._cache["text tokens", source][:, : self.batch.texts[source].tokens.shape[1]]
+
+    def _look(self, pictures: Tensor) -> dict[str, Tensor]:
+        if self.gives_tokens:
+            image, tokens = self.model.image_and_tokens(pictures)
+            return {"image": image, "image tokens": tokens}
+        return {"image": self.model.encode_image(pictures, normalize=True)}
+
+    def _look_densely(self, pictures: Tensor) -> dict[str, Tensor]:
+        if self.gives_tokens:
+            return self._look(pictures)
+        pooled, dense = self.encoder.pooled_and_last(pictures)
+        return {"image": nn.functional.normalize(pooled, dim=-1), "dense": dense}
+
+    def _read(self, tokens: Tensor) -> dict[str, Tensor]:
+        if self.gives_tokens:
+            text, each = self.model.text_and_tokens(tokens)
+            return {"text": text, "text tokens": each}
+        return {"text": self.model.encode_text(tokens, normalize=True)}
 
     def logit_scale(self) -> Tensor:
         """exp of the learned log scale, a scalar."""
@@ -172,6 +188,9 @@ class Objective(nn.Module):
     """
 
     needs_text: bool = True  # whether the stream is to give texts
+    own_passes: bool = (
+        False  # whether it passes the tower itself; its loss is then a mean over pictures, each by itself
+    )
     reads_map: bool = False  # whether it asks for `Features.dense`, which is then made with the embedding
 
     def __init__(self, config: ObjectiveConfig, model: nn.Module) -> None:
@@ -201,3 +220,6 @@ class Objective(nn.Module):
 
     def after_step(self, model: nn.Module, step: int) -> None:
         """Called after every optimiser step (for teachers that follow the student)."""
+
+    def after_skip(self) -> None:
+        """Called instead where the loss or its gradient was not finite and no step was taken."""

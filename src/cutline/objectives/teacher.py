@@ -176,7 +176,9 @@ class Prototypes(nn.Module):
         self.student = Head(width, config)
         self.teacher = copy.deepcopy(self.student).requires_grad_(False)
         self.register_buffer("centre", torch.zeros(config.prototypes))
-        self._mean: Tensor  # of the last batch's logits, over all processes
+        self.seen: list[
+            tuple[Tensor, int]
+        ] = []  # mean logits since the last step, over all processes, and of how many rows
 
     def forward(self, teacher: Tensor, student: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """teacher (R, G, W), student (R, L, W) → mean loss over all pairs of a row's views, and what to log.
@@ -209,14 +211,16 @@ class Prototypes(nn.Module):
             torch.distributed.all_reduce(shared)
             shared /= world()[1]
         k = config.prototypes
-        self._mean = shared[k + 1 :]
+        self.seen.append((shared[k + 1 :], len(said)))
         return loss / len(said), {"entropy/mean": entropy(shared[:k]), "entropy/each": shared[k]}
 
     @torch.no_grad()
     def follow(self) -> None:
         """Move the teacher's head and the centre; call it after a step."""
         move(self.teacher, self.student, self.config.momentum)
-        self.centre.lerp_(self._mean, 1 - self.config.centre_momentum)
+        mean = torch.stack([m * n for m, n in self.seen]).sum(0) / sum(n for _, n in self.seen)
+        self.seen.clear()
+        self.centre.lerp_(mean, 1 - self.config.centre_momentum)
 
 
 def assign(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
@@ -264,6 +268,7 @@ class SelfDistillation(base.Objective):
     """
 
     needs_text = False
+    own_passes = True
     config: Config
     prototypes: Prototypes
 
@@ -307,3 +312,6 @@ class SelfDistillation(base.Objective):
                 f"(entropy of its mean assignment {mean:.3f} nats, of a single one {each:.3f}; feature std "
                 f"{float(self.logged['feature_std']):.3f}). {fix}, or train with a larger batch or a lower train.lr."
             )
+
+    def after_skip(self) -> None:
+        self.prototypes.seen.clear()

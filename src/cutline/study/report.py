@@ -202,9 +202,9 @@ def _compare_predictions(plan: Plan, out: Path, name: str, arms: list[str]) -> s
     from cutline.transfer.store import load
 
     task = plan.tasks[name]
-    data = open_data(task.data, task.task)
     config = task.build(0)
-    assert not isinstance(config, RetrieveConfig)
+    assert task.task != "retrieve" and not isinstance(config, RetrieveConfig)
+    data = open_data(task.data, task.task)
     split = data.split(config.split)
     samples = [split.read(i) for i in range(min(plan.show, len(split)))]
     images = [s.image for s in samples]

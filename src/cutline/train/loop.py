@@ -8,9 +8,10 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -26,7 +27,7 @@ from cutline.objectives.base import Batch, Features, Objective
 from cutline.objectives.gather import barrier, world
 from cutline.progress import Tick, progress
 from cutline.record import write_atomic
-from cutline.train import checkpoint
+from cutline.train import checkpoint, gradcache
 from cutline.train.device import device_of
 from cutline.train.metrics import Metrics, cut_metrics
 from cutline.train.optim import param_groups, schedule, set_lr
@@ -49,12 +50,22 @@ class Trainee(nn.Module):
     def methods(self) -> dict[str, Objective]:
         return {name: o for name, o in self.objectives.items() if isinstance(o, Objective)}
 
+    @property
+    def encoder(self) -> towers.Encoder | None:
+        """For `Features`, where an objective reads dense maps."""
+        return self._encoder[0] if self._encoder else None
+
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted loss (a scalar) and what to log of it by name."""
-        features = Features(self.model, batch, *self._encoder)
+        return self.losses(self.methods(), batch, Features(self.model, batch, self.encoder))
+
+    def losses(self, names: Iterable[str], batch: Batch, features: Features) -> tuple[Tensor, dict[str, Tensor]]:
+        """The same of some objectives, from these features."""
         total: Tensor = torch.zeros((), device=next(iter(batch.views.values())).device)
         log: dict[str, Tensor] = {}
-        for name, objective in self.methods().items():
+        methods = self.methods()
+        for name in names:
+            objective = methods[name]
             terms = objective(batch, features)
             total = total + objective.config.weight * torch.stack(list(terms.values())).sum()
             log |= {f"{name}/{term}": value.detach() for term, value in (terms | objective.logged).items()}
@@ -193,7 +204,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool, source: Source | None = Non
     if config.ema is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)  # type: ignore[no-untyped-call]
     wrapped: nn.Module = trainee
-    if size > 1:
+    if size > 1 and config.micro_batch is None:
         wrapped = nn.parallel.DistributedDataParallel(trainee, find_unused_parameters=True)
     if config.compile:
         wrapped = torch.compile(wrapped)  # type: ignore[assignment]
@@ -290,9 +301,14 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
     set_lr(run.optimiser, peak)
     half = config.precision == "bf16" or (config.precision == "auto" and _has_bf16(run.device))
     statistics = [b.clone() for b in run.trainee.buffers()]  # of batch norms, which the forward pass moves
-    with torch.autocast(run.device.type, torch.bfloat16, enabled=half), _counted(run):
-        loss, terms = run.wrapped(batch)
-        loss.backward()
+    precision = partial(torch.autocast, run.device.type, torch.bfloat16, enabled=half)
+    with _counted(run):
+        if config.micro_batch is None:
+            with precision():
+                loss, terms = run.wrapped(batch)
+            loss.backward()
+        else:
+            loss, terms = gradcache.backward(run.trainee, batch, config.micro_batch, precision)
     norm = torch.nn.utils.clip_grad_norm_(run.trainee.parameters(), config.clip or float("inf"))
     numbers = torch.stack([loss.detach().float(), norm.float(), *(t.float() for t in terms.values())])
     if world()[1] > 1:
@@ -310,6 +326,8 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
     else:
         for buffer, before in zip(run.trainee.buffers(), statistics, strict=True):
             buffer.copy_(before)
+        for objective in run.trainee.methods().values():
+            objective.after_skip()
         _count_bad(run, values, batch)
     run.optimiser.zero_grad(set_to_none=True)
     scale = getattr(run.trainee.model, "logit_scale", None)

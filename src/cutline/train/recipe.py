@@ -39,7 +39,8 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 class TrainConfig(Config):
     """How it is trained.
 
-    batch: pictures a step over all processes; samples: pictures seen in all; warmup: steps; floor: share of the peak
+    batch: pictures a step over all processes; micro_batch: how many pictures or texts of a process pass the towers at a
+    time (None: all), for batches that memory does not hold (see `train.gradcache`; not with compile); samples: pictures seen in all; warmup: steps; floor: share of the peak
     learning rate at the end; clip: gradient norm (None: no clipping); precision: "auto" is bf16 autocast on a GPU that
     has it and fp32 elsewhere; ema: decay of the weights' average (None: none; MobileCLIP uses 0.9995), which is then
     what `model/` holds; save_every, log_every: steps; keep: checkpoints kept; bad_steps: how many steps in a row may
@@ -47,6 +48,7 @@ class TrainConfig(Config):
     """
 
     batch: int = Field(256, ge=2)
+    micro_batch: int | None = Field(None, ge=1)
     samples: int = Field(1_000_000, ge=1)
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(0.2, ge=0)
@@ -65,6 +67,12 @@ class TrainConfig(Config):
     keep: int = Field(2, ge=1)
     bad_steps: int = Field(3, ge=1)
     device: str = "auto"
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "TrainConfig":
+        if self.compile and self.micro_batch is not None:
+            raise ValueError("micro_batch and compile do not go together: leave one of them out")
+        return self
 
 
 # One optional key per file in `cutline/objectives`, so that a method's options are checked like every other key.

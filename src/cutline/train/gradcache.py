@@ -1,0 +1,129 @@
+"""Gradient cache: a batch larger than memory holds, with the loss and the gradient of the whole batch (Gao et al.,
+2101.06983; the accumulation of BASIC, 2111.10050, and of open_clip's --accum-freq).
+
+A loss that compares samples needs the features of all, but their activations only some at a time:
+
+    1. every micro-batch passes the towers without gradients; its features are kept, and the state of the random numbers
+    2. the objectives make the loss of all features, and its gradient dL/d(features)
+    3. every micro-batch passes once more, with the random numbers of the first time and with gradients, and
+       dL/d(features) flows back through it into the weights
+
+The towers' work is four thirds of the plain step's, and memory is that of one micro-batch beside the features. Batch norms
+take their statistics over a micro-batch (as over each process's pictures otherwise), and move once a step.
+
+Objectives that pass the tower themselves (`Objective.own_passes`: crops, masked patches) compare no samples: their loss
+is a mean over pictures, and they are given one micro-batch after the other.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from cutline.objectives.base import Batch, Features, Tower
+from cutline.objectives.gather import world
+
+
+class Cached(Features):
+    """Features whose passes are made some rows at a time; call `backward` when the loss has had its own."""
+
+    def __init__(self, model: Any, batch: Batch, encoder: Any, rows: int, precision: "Precision") -> None:
+        super().__init__(model, batch, encoder)
+        self.rows, self.precision = rows, precision
+        self._passes: list[tuple[Tower, Sequence[Tensor], list[Any], dict[str, Tensor]]] = []
+
+    def run(self, tower: Tower, inputs: Tensor) -> dict[str, Tensor]:
+        parts, states, found = torch.split(inputs, self.rows), [], []
+        statistics = [b.clone() for b in self.model.buffers()]  # of batch norms: the second pass moves them
+        with torch.no_grad(), self.precision():
+            for part in parts:
+                states.append(_random_state(inputs.device))
+                found.append(tower(part))
+        for buffer, before in zip(self.model.buffers(), statistics, strict=True):
+            buffer.copy_(before)
+        leaves = {what: torch.cat([f[what] for f in found]).requires_grad_() for what in found[0]}
+        self._passes.append((tower, parts, states, leaves))
+        return leaves
+
+    def backward(self) -> None:
+        """Let the gradients that the features have got flow on into the towers."""
+        for tower, parts, states, leaves in self._passes:
+            given = {what: torch.split(leaf.grad, self.rows) for what, leaf in leaves.items() if leaf.grad is not None}
+            for i, (part, state) in enumerate(zip(parts, states, strict=True) if given else ()):
+                with _replayed(state, part.device), self.precision():
+                    found = tower(part)
+                torch.autograd.backward([found[what] for what in given], [g[i] for g in given.values()])
+
+
+Precision = Callable[[], AbstractContextManager[Any]]  # of a forward pass, such as bf16 autocast
+
+
+def backward(trainee: Any, batch: Batch, rows: int, precision: Precision) -> tuple[Tensor, dict[str, Tensor]]:
+    """As `Trainee.forward` and the loss's backward pass, with at most `rows` pictures or texts of this process at a time.
+
+    The weights' gradients are those of all processes' joined batch, without a wrapper such as DDP.
+    """
+    methods = trainee.methods()
+    if world()[1] > 1:
+        for buffer in trainee.buffers():
+            dist.broadcast(buffer, 0)  # as DDP does: batch norms' averages are those of the first process
+    features = Cached(trainee.model, batch, trainee.encoder, rows, precision)
+    with precision():
+        loss, log = trainee.losses([n for n, o in methods.items() if not o.own_passes], batch, features)
+    if loss.requires_grad:
+        loss.backward()
+    features.backward()
+    total = loss.detach()
+    own = [n for n, o in methods.items() if o.own_passes]
+    for part, share in micro_batches(batch, rows) if own else ():
+        with precision():
+            loss, found = trainee.losses(own, part, Features(trainee.model, part))
+        (share * loss).backward()
+        total = total + share * loss.detach()
+        log |= {name: log.get(name, 0) + share * value for name, value in found.items()}
+    average_gradients(trainee)
+    return total, log
+
+
+def micro_batches(batch: Batch, rows: int) -> Iterator[tuple[Batch, float]]:
+    """The pictures of `batch`, at most `rows` at a time and without texts and columns, and their share of all."""
+    pictures = len(batch.views["image"])
+    parts = {name: torch.split(x, rows * (len(x) // pictures)) for name, x in batch.views.items()}
+    for i in range(len(parts["image"])):
+        views = {name: split[i] for name, split in parts.items()}
+        yield Batch(views, {}, {}, batch.keys[i * rows : (i + 1) * rows]), len(views["image"]) / pictures
+
+
+@torch.no_grad()
+def average_gradients(module: nn.Module) -> None:
+    """The mean over processes of every gradient, in place, as DDP would; a weight that no process used keeps none."""
+    if world()[1] == 1:
+        return
+    weights = [p for p in module.parameters() if p.requires_grad]
+    used = torch.tensor([p.grad is not None for p in weights], dtype=torch.uint8, device=weights[0].device)
+    dist.all_reduce(used, dist.ReduceOp.MAX)
+    weights = [p for p, is_used in zip(weights, used.tolist(), strict=True) if is_used]
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+    mean = parameters_to_vector(grads)
+    dist.all_reduce(mean)
+    vector_to_parameters(mean / world()[1], grads)
+    for p, grad in zip(weights, grads, strict=True):
+        p.grad = grad
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextmanager
+def _replayed(state: tuple[Tensor, Tensor | None], device: torch.device) -> Iterator[None]:
+    """Random numbers as they were then, and afterwards as if none had been drawn."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+        yield

@@ -1,0 +1,187 @@
+"""Gradient cache: micro-batches give the loss and the gradient of the whole batch, on one process and on two."""
+
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from processes import on_two_processes
+
+sys.path.append(str(Path(__file__).parents[1] / "objectives"))
+from objectives_made import recipe, rows_of, stopped_and_resumed
+
+from cutline.config import dump
+from cutline.errors import ConfigError
+from cutline.objectives.base import Features
+from cutline.train import gradcache, loop
+from cutline.train.recipe import Recipe
+
+SIZES = {"prototypes": 16, "hidden": 16, "bottleneck": 8}
+COMPARING: dict[str, dict[str, Any]] = {
+    "contrastive": {},
+    "sigmoid": {"chunk": 3},
+    "nclip": SIZES,
+    "supervised": {"labels": "objects", "field": "name", "classes": ["cat", "dog"]},
+    "catlip": {"classes": ["cat", "dog", "grass"]},
+    "experts": {"segment": {"column": "semantic", "classes": 103}},
+}
+
+
+def plan(texts: str = "all", **methods: Any) -> Recipe:
+    return Recipe.model_validate(recipe({"columns": {"alt": 1, "captions": 1}, "rule": texts}, **methods))
+
+
+def prepared(values: Recipe, out: Path) -> tuple[loop.Run, Any]:
+    """A run in float64 and its first batch."""
+    run = loop.prepare(values, out, resume=False)
+    run.trainee.double()
+    batch = next(iter(run.stream.batches(until=1)))
+    batch.views = {k: v.double() for k, v in batch.views.items()}
+    return run, batch
+
+
+def gradients(run: loop.Run, batch: Any, rows: int | None, seed: int = 0) -> dict[str, torch.Tensor]:
+    """The loss and every gradient, by name."""
+    run.trainee.zero_grad()
+    torch.manual_seed(seed)
+    if rows is None:
+        loss, _ = run.trainee(batch)
+        loss.backward()
+    else:
+        loss, _ = gradcache.backward(run.trainee, batch, rows, nullcontext)
+    found = {n: p.grad.clone() for n, p in run.trainee.named_parameters() if p.grad is not None}
+    return found | {"loss": loss.detach()}
+
+
+@pytest.mark.parametrize("texts", ["sum", "all"])
+@pytest.mark.parametrize("method", COMPARING)
+def test_micro_batches_give_the_value_and_gradient_of_the_whole_batch(method, texts, tmp_path):
+    """Micro-batches of 3 of 8 pictures, the last of 2."""
+    run, batch = prepared(plan(texts, **{method: COMPARING[method]}), tmp_path / "run")
+    whole, parts = (gradients(run, batch, rows) for rows in (None, 3))
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-8, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_a_decoder_that_reads_tokens_has_the_same_gradient(tmp_path):
+    values = recipe(contrastive={}, captioning={})
+    values["towers"] = {"model": "coca-vit-tiny-64"}
+    run, batch = prepared(Recipe.model_validate(values), tmp_path / "run")
+    whole, parts = (gradients(run, batch, rows) for rows in (None, 3))
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-7, atol=1e-10, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_objectives_that_pass_the_tower_see_one_micro_batch_after_the_other(tmp_path):
+    """The gradient is the mean over pictures; the centre moves by the mean of all of them, once."""
+    run, batch = prepared(plan("sum", contrastive={}, silc={**SIZES, "local_views": 2}), tmp_path / "run")
+    prototypes = run.trainee.objectives["silc"].prototypes
+    found = []
+    for rows in (None, 3):
+        found.append(gradients(run, batch, rows))
+        prototypes.follow()  # of the student's own weights, which are the teacher's
+        found[-1]["centre"] = prototypes.centre.clone()
+        prototypes.centre.zero_()
+    for name, value in found[0].items():  # positions of local crops are interpolated in float32
+        torch.testing.assert_close(found[1][name], value, rtol=1e-7, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+    assert found[0]["centre"].abs().max() > 0
+
+
+def test_random_numbers_are_replayed(tmp_path):
+    """With patches dropped at random, one micro-batch of all pictures draws what the plain step draws, both times."""
+    values = recipe(contrastive={})
+    values["towers"]["custom"]["vision_cfg"]["patch_dropout"] = 0.5
+    run, batch = prepared(Recipe.model_validate(values), tmp_path / "run")
+    whole, cached, other = gradients(run, batch, None), gradients(run, batch, 8), gradients(run, batch, 8, seed=1)
+    assert not torch.equal(whole["loss"], other["loss"])
+    for name, value in whole.items():
+        torch.testing.assert_close(cached[name], value, rtol=1e-8, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_batch_norms_move_once(tmp_path):
+    values = recipe(contrastive={})
+    values["towers"]["custom"] |= {"custom_text": True, "vision_cfg": {
+        "timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear", "image_size": 48}}  # fmt: skip
+    run, batch = prepared(Recipe.model_validate(values), tmp_path / "run")
+    start = {k: v.clone() for k, v in run.trainee.named_buffers()}
+    gradients(run, batch, None)
+    once = {k: v.clone() for k, v in run.trainee.named_buffers()}
+    run.trainee.load_state_dict(start, strict=False)
+    gradients(run, batch, 8)
+    assert any(not torch.equal(start[k], v) for k, v in once.items())
+    assert all(torch.equal(v, once[k]) for k, v in run.trainee.named_buffers())
+
+
+def test_no_pass_sees_more_than_a_micro_batch(tmp_path, monkeypatch):
+    run, batch = prepared(plan("sum", contrastive={}, masked=SIZES), tmp_path / "run")
+    seen = []
+    run.trainee.model.visual.conv1.register_forward_hook(lambda _, x, __: seen.append(len(x[0])))
+    gradients(run, batch, 3)
+    assert max(seen) == 3
+    assert len(seen) == 3 * 3  # features, again with gradients, and the masked student (its teacher is another tower)
+
+
+def test_bf16_micro_batches_keep_their_gradients(tmp_path):
+    """Casts of weights that were made without gradients must not be used again in the pass with gradients."""
+    found = []
+    for rows in (None, 4):
+        values = recipe(contrastive={})
+        values["train"] |= {"precision": "bf16", "samples": 8, "micro_batch": rows}
+        run = loop.prepare(Recipe.model_validate(values), tmp_path / f"run-{rows}", resume=False)
+        found.append(loop.train_step(run, next(iter(run.stream.batches(until=1)))))
+    assert found[1]["loss"] == pytest.approx(found[0]["loss"], rel=1e-2)
+    assert found[1]["grad_norm"] == pytest.approx(found[0]["grad_norm"], rel=5e-2)
+
+
+def long(rows: int | None) -> Recipe:
+    values = recipe({"columns": {"alt": 1, "captions": 1}, "rule": "all"}, contrastive={}, masked=SIZES)
+    values["train"] |= {"samples": 64, "save_every": 3, "lr": 1e-3, "micro_batch": rows}
+    values["towers"]["custom"]["vision_cfg"]["patch_dropout"] = 0.3
+    return Recipe.model_validate(values)
+
+
+def test_a_run_in_micro_batches_resumes_exactly(tmp_path):
+    whole = loop.train(long(3), tmp_path / "whole", show=False)
+    stopped_and_resumed(long(3), tmp_path / "run", 5)
+    assert [r["loss"] for r in rows_of(tmp_path / "run")] == [r["loss"] for r in rows_of(whole)]
+
+
+TRAIN = """
+import sys, torch
+from pathlib import Path
+torch.set_num_threads(1)
+from cutline.config import load
+from cutline.train.recipe import Recipe
+from cutline.train.loop import train
+train(load(Recipe, sys.argv[1]), Path(sys.argv[2]), show=False)
+"""
+
+
+def test_two_processes_in_micro_batches_train_like_one_in_one(tmp_path):
+    values = recipe({"columns": {"alt": 1, "captions": 1}, "rule": "all"}, contrastive={}, nclip=SIZES)
+    values["train"] |= {"samples": 64, "lr": 1e-3}
+    one = loop.train(Recipe.model_validate(values), tmp_path / "one", show=False)
+    values["train"]["micro_batch"] = 3
+    (tmp_path / "r.yaml").write_text(dump(Recipe.model_validate(values)))
+    on_two_processes(TRAIN, str(tmp_path / "r.yaml"), str(tmp_path / "two"), folder=tmp_path)
+    for a, b in zip(rows_of(one), rows_of(tmp_path / "two"), strict=True):
+        for name in ("loss", "grad_norm", "nclip/cross/text"):
+            assert b[name] == pytest.approx(a[name], abs=2e-3)
+
+
+def test_micro_batches_and_compile_are_refused_together():
+    values = recipe(contrastive={})
+    values["train"] |= {"micro_batch": 4, "compile": True}
+    with pytest.raises((ConfigError, ValueError), match="do not go together"):
+        Recipe.model_validate(values)
+
+
+def test_features_that_no_objective_reads_cost_no_pass(tmp_path):
+    run, batch = prepared(plan("sum", masked=SIZES), tmp_path / "run")
+    features = gradcache.Cached(run.trainee.model, batch, None, 3, nullcontext)
+    assert isinstance(features, Features)
+    features.backward()
+    assert all(p.grad is None for p in run.trainee.parameters())
