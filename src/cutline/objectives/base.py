@@ -98,7 +98,8 @@ Tower = Callable[[Tensor], dict[str, Tensor]]
 class Features:
     """Embeddings of one batch, each computed once, when the first objective asks for it.
 
-    image(view) and text(source) are L2-normalised and joint, (B, D) and (M, D). For a model with a decoder (CoCa),
+    image(view) and text(source) are L2-normalised and joint, (B, D) and (M, D); image(view, second=True) is that of the second
+    class token, for towers that have one. For a model with a decoder (CoCa),
     image_tokens(view) and text_tokens(source) are what it reads, (B, N, W) and (M, T, W), from the same pass.
     dense() is the map that the image tower pools, of the view "image"; with `encoder`, the tower as an `Encoder`, it is
     from the same pass as the embedding.
@@ -115,12 +116,12 @@ class Features:
         """A pass of a tower: every tensor it gives has a row for each of `inputs`."""
         return tower(inputs)
 
-    def image(self, view: str = "image") -> Tensor:
+    def image(self, view: str = "image", second: bool = False) -> Tensor:
         if ("image", view) not in self._cache:
             tower = self._look_densely if self.encoder is not None and view == "image" else self._look
             found = self.run(tower, self.batch.views[view])
             self._cache |= {(what, view): value for what, value in found.items()}
-        return self._cache["image", view]
+        return self._cache["image second" if second else "image", view]
 
     def dense(self) -> Tensor:
         """(B, C, h, w), see `Encoder.last`. A CoCa, whose tokens are pooled otherwise, makes it in a pass of its own."""
@@ -159,11 +160,16 @@ class Features:
         if self.gives_tokens:
             image, tokens = self.model.image_and_tokens(pictures)
             return {"image": image, "image tokens": tokens}
+        if getattr(self.model, "class_tokens", 1) > 1:
+            first, second = self.model.encode_classes(pictures, normalize=True).unbind(1)
+            return {"image": first, "image second": second}
         return {"image": self.model.encode_image(pictures, normalize=True)}
 
     def _look_densely(self, pictures: Tensor) -> dict[str, Tensor]:
         if self.gives_tokens:
             return self._look(pictures)
+        if getattr(self.model, "class_tokens", 1) > 1:
+            return self._look(pictures) | {"dense": self.encoder.last(pictures)}
         pooled, dense = self.encoder.pooled_and_last(pictures)
         return {"image": nn.functional.normalize(pooled, dim=-1), "dense": dense}
 

@@ -32,29 +32,41 @@ from cutline.objectives.gather import gather, pair, world
 
 class Config(base.ObjectiveConfig):
     """weights: text source → the column with its weight for each picture. A source is a caption column under the rule
-    `sum`, and "text" under `sample` and `all`. Rows without a weight count 1. chunk: rows compared at a time (None: all)."""
+    `sum`, and "text" under `sample` and `all`. Rows without a weight count 1. second: text sources that are compared with the
+    second class token of towers with `class_tokens: 2` (TIPS: the synthetic captions). chunk: rows compared at a time (None:
+    all)."""
 
     weights: dict[str, str] = Field(default_factory=dict)
+    second: list[str] = Field(default_factory=list)
     chunk: int | None = Field(None, ge=1)
 
 
 class Objective(base.Objective):
     config: Config
 
+    def __init__(self, config: Config, model: Any) -> None:
+        super().__init__(config, model)
+        if config.second and getattr(model, "class_tokens", 1) < 2:
+            raise ConfigError(
+                f"objectives.contrastive.second={config.second} needs towers with a second class token: set "
+                "towers.class_tokens=2, or leave it out."
+            )
+
     def columns(self) -> list[str]:
         return list(dict.fromkeys(self.config.weights.values()))
 
     def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
         """One term per text source; `accuracy` (share of pictures whose own text is the best of the batch) is logged."""
-        image, scale = features.image(), features.logit_scale()
-        unknown = self.config.weights.keys() - batch.texts.keys()
-        if unknown:
-            raise ConfigError(
-                f"objectives.contrastive.weights names {min(unknown)!r}, and the text sources are "
-                f"{', '.join(batch.texts)}: with data.text.rule sum they are the columns, else there is one, text."
-            )
+        scale = features.logit_scale()
+        for key, named in (("weights", self.config.weights), ("second", self.config.second)):
+            if unknown := set(named) - batch.texts.keys():
+                raise ConfigError(
+                    f"objectives.contrastive.{key} names {min(unknown)!r}, and the text sources are "
+                    f"{', '.join(batch.texts)}: with data.text.rule sum they are the columns, else there is one, text."
+                )
         terms = {}
         for source, texts in batch.texts.items():
+            image = features.image(second=source in self.config.second)
             text, column = features.text(source), self.config.weights.get(source)
             weight = None if column is None else weights(batch.columns[column], column, image.device)
             # bf16 would round logits near 100 to halves; the product is a small part of a step.

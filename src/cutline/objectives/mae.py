@@ -81,14 +81,15 @@ class Decoder(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def forward(self, seen: Tensor, visible: Tensor, masked: Tensor) -> Tensor:
-        """seen (B, 1 + V, C), places of the patches (B, V) and (B, M) → (B, M, n). The class token has position 0."""
+        """seen (B, P + V, C), places of the patches (B, V) and (B, M) → (B, M, n). The P class tokens have position 0."""
         x = self.enter(seen)
+        prefix = x.shape[1] - visible.shape[1]
         patches = self.token.to(x.dtype).expand(len(x), len(self.positions), -1)
-        patches = patches.scatter(1, wide(visible, x), x[:, 1:]) + self.positions.to(x.dtype)
-        x = torch.cat([x[:, :1], patches], dim=1)
+        patches = patches.scatter(1, wide(visible, x), x[:, prefix:]) + self.positions.to(x.dtype)
+        x = torch.cat([x[:, :prefix], patches], dim=1)
         for block in self.blocks:
             x = block(x)
-        said: Tensor = self.pixels(self.norm(x[:, 1:].gather(1, wide(masked, x))))
+        said: Tensor = self.pixels(self.norm(x[:, prefix:].gather(1, wide(masked, x))))
         return said
 
 
@@ -118,7 +119,7 @@ class Objective(base.Objective):
         with torch.autocast(images.device.type, enabled=False):
             told = normalised(patchify(images, self.grid, self.patch))
             loss = (said - told.gather(1, wide(masked, said))).square().mean()
-            self.logged = spread(seen[:, 1:].mean(1))
+            self.logged = spread(seen[:, self._encoder[0].prefix :].mean(1))
             if len(images) > 1:
                 self.logged["explained"] = 1 - loss.detach() / told.var(0).mean().clamp(min=EPS)
         return {"pixels": loss}
@@ -129,11 +130,12 @@ class Objective(base.Objective):
         return torch.rand(pictures, self.grid[0] * self.grid[1], device=device).argsort(1)
 
     def encode(self, images: Tensor, visible: Tensor) -> Tensor:
-        """Class token and the patches `visible` (B, V), after the tower's last norm: (B, 1 + V, C)."""
+        """Class tokens and the patches `visible` (B, V), after the tower's last norm: (B, P + V, C)."""
         encoder = self._encoder[0]
+        prefix = encoder.prefix
         visual = encoder.visual
         x, _ = encoder.embed(images, dropout=False)  # the masked ones are embedded too, which costs next to nothing
-        x = torch.cat([x[:, :1], x[:, 1:].gather(1, wide(visible, x))], dim=1)
+        x = torch.cat([x[:, :prefix], x[:, prefix:].gather(1, wide(visible, x))], dim=1)
         norm = visual.ln_post if visual.attn_pool is None else visual.attn_pool.ln_k
         seen: Tensor = norm(visual.transformer(x))
         return seen

@@ -59,13 +59,13 @@ class Objective(teacher.SelfDistillation):
         """The student's patch features (B, N, C) where the patches `hidden` (B, n) are replaced by the token."""
         encoder = self.student
         assert isinstance(encoder, NativeViT)
-        visual = encoder.visual
-        x = visual.conv1(images).flatten(2).transpose(1, 2)  # (B, N, C)
-        mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, hidden, True)
-        x = torch.where(mask[..., None], self.token.to(x.dtype), x)
-        x = torch.cat([visual.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
-        x = visual.ln_pre(x + visual.positional_embedding.to(x.dtype))
-        return teacher.patches(encoder, visual.transformer(x))
+
+        def replace(x: Tensor) -> Tensor:
+            mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, hidden, True)
+            return torch.where(mask[..., None], self.token.to(x.dtype), x)
+
+        tokens, _ = encoder.embed(images, dropout=False, replace=replace)
+        return teacher.patches(encoder, encoder.visual.transformer(tokens))
 
 
 def random_patches(pictures: int, patches: int, hidden: int, device: torch.device) -> Tensor:

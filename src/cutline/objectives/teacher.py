@@ -107,10 +107,10 @@ class Teacher(nn.Module):
 
 
 def patches(encoder: NativeViT, tokens: Tensor) -> Tensor:
-    """The last block's tokens (B, 1 + N, C) → those of the patches after the tower's last norm, (B, N, C)."""
+    """The last block's tokens (B, P + N, C), P class tokens, → those of the patches after the tower's last norm, (B, N, C)."""
     visual = encoder.visual
     norm = visual.ln_post if visual.attn_pool is None else visual.attn_pool.ln_k
-    normed: Tensor = norm(tokens[:, 1:])
+    normed: Tensor = norm(tokens[:, encoder.prefix :])
     return normed
 
 

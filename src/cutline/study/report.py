@@ -203,7 +203,8 @@ def _compare_predictions(plan: Plan, out: Path, name: str, arms: list[str]) -> s
 
     task = plan.tasks[name]
     config = task.build(0)
-    assert task.task != "retrieve" and not isinstance(config, RetrieveConfig)
+    assert task.task != "retrieve"
+    assert not isinstance(config, RetrieveConfig)
     data = open_data(task.data, task.task)
     split = data.split(config.split)
     samples = [split.read(i) for i in range(min(plan.show, len(split)))]

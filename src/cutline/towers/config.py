@@ -1,6 +1,6 @@
 """Which towers a run trains: an open_clip architecture, a preset, an inline config, or a model to go on from."""
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -16,6 +16,9 @@ class TowerConfig(Config):
     weights file (safetensors, or a state dict that torch loads without pickle). quick_gelu: None takes what the
     architecture says; a checkpoint that disagrees is refused. image_size, context_length: None for the architecture's
     own; positional embeddings of a checkpoint are fitted (images: bicubic; a shorter context: cut, with equal outputs).
+    patch_dropout: share of its patches that a picture (or a crop) passes the tower without in training, as in FLIP;
+    unmasked_tail: share of the run, at its end, in which it passes with all of them (FLIP: 0.32 of 32 epochs). class_tokens: 2
+    adds TIPS's second one, for `objectives.contrastive.second`; such a model opens here alone, not in open_clip.
     """
 
     model: str | None = None
@@ -24,6 +27,9 @@ class TowerConfig(Config):
     quick_gelu: bool | None = None
     image_size: int | None = Field(default=None, ge=8)
     context_length: int | None = Field(default=None, ge=3)
+    patch_dropout: float = Field(default=0.0, ge=0, lt=1)
+    unmasked_tail: float = Field(default=0.01, ge=0, le=1)
+    class_tokens: Literal[1, 2] = 1
 
     @model_validator(mode="after")
     def _one_source(self) -> "TowerConfig":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cutline.errors import ConfigError, CutlineError
+from cutline.towers.patches import add_second_class, class_tokens
 from cutline.towers.pooling import finishes_one, one_token
 
 
@@ -54,10 +55,18 @@ class Model(nn.Module):
         """Whether it has a decoder that writes text, and the methods of `CoCaModel` for it."""
         return False
 
+    @property
+    def class_tokens(self) -> int:
+        """2 where the image tower has a second class token, and `encode_classes` of `ClipModel` for it."""
+        return 1
+
 
 class ClipModel(CLIP, Model):  # type: ignore[misc]
     """open_clip's CLIP (text tower at the top level). In eval mode its image embeddings are open_clip's to the bit; in
-    training the last blocks are finished for the pooled token alone (`towers.pooling`)."""
+    training the last blocks are finished for the pooled token alone (`towers.pooling`).
+
+    class_tokens: 2 for TIPS's second one (`towers.patches`). Ours alone: open_clip refuses it.
+    """
 
     visual: Any
     context_length: int
@@ -66,6 +75,15 @@ class ClipModel(CLIP, Model):  # type: ignore[misc]
     positional_embedding: Any
     attn_mask: Any
     ln_final: Any
+
+    def __init__(self, *args: Any, class_tokens: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if class_tokens > 1:
+            add_second_class(self.visual)
+
+    @property
+    def class_tokens(self) -> int:
+        return class_tokens(self.visual)
 
     @property
     def trimmable(self) -> bool:
@@ -79,6 +97,11 @@ class ClipModel(CLIP, Model):  # type: ignore[misc]
             x = _project(x, v.proj)
         else:
             x = v(image)
+        return F.normalize(x, dim=-1) if normalize else x
+
+    def encode_classes(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """Both class tokens of a tower that has two: (B, 3, H, W) → (B, 2, D)."""
+        x: Tensor = self.visual.both(image)
         return F.normalize(x, dim=-1) if normalize else x
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:

@@ -29,6 +29,7 @@ from cutline.towers.config import TowerConfig
 from cutline.towers.encoder import Encoder
 from cutline.towers.encoder import wrap as wrap_encoder
 from cutline.towers.model import ClipModel, CoCaModel, CustomTextModel, ImageModel, Model, fast
+from cutline.towers.patches import set_patch_dropout
 from cutline.towers.presets import PRESETS
 
 CONFIG_NAME = "open_clip_config.json"
@@ -48,6 +49,8 @@ def build(config: TowerConfig, device: str | torch.device = "cpu") -> Model:
         cfg, preprocess, weights = _architecture(config)
     model = _create(cfg, preprocess, weights, config)
     model.name = config.model or "custom"
+    if config.patch_dropout:
+        set_patch_dropout(model.visual, config.patch_dropout)
     if folder is not None and (folder / "tokenizer_config.json").exists():
         model.tokenizer_folder = str(folder)
     return fast(model.to(device))  # type: ignore[return-value]
@@ -217,6 +220,8 @@ def _create(cfg: dict[str, Any], preprocess: dict[str, Any], weights: str | None
     if not shorten:
         text["context_length"] = context
     _set_image_size(vision, config.image_size)
+    if config.class_tokens > 1:
+        cfg["class_tokens"] = config.class_tokens
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
     if "hf_model_name" in text:
@@ -224,6 +229,10 @@ def _create(cfg: dict[str, Any], preprocess: dict[str, Any], weights: str | None
     arguments = {k: v for k, v in cfg.items() if k != "custom_text"}
     custom = cfg.get("custom_text", False) or "hf_model_name" in text
     kind = CoCaModel if "multimodal_cfg" in cfg else CustomTextModel if custom else ClipModel
+    if arguments.get("class_tokens", 1) > 1 and kind is not ClipModel:
+        raise ConfigError(
+            "towers.class_tokens=2 needs a CLIP with open_clip's own ViT and text tower, such as ViT-B-16."
+        )
     try:
         model: Model = kind(**copy.deepcopy(arguments))
     except (TypeError, RuntimeError, ValueError, AssertionError) as e:

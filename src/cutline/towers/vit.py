@@ -8,7 +8,7 @@ Shapes: B pictures, h × w patches, N = h·w, P prefix tokens (class, registers)
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from cutline.errors import ConfigError, CutlineError
 from cutline.towers.encoder import TAPS, Encoder, joint_width, trunk_layers
 from cutline.towers.model import Model
+from cutline.towers.patches import class_tokens, with_second
 
 Grid = tuple[int, int]
+Replace = Callable[[Tensor], Tensor]
 
 
 def even_taps(depth: int, taps: tuple[int, ...] | None) -> list[int]:
@@ -52,29 +54,34 @@ class NativeViT(Encoder):
         self.strides = (self.patch,) * len(self.taps)
         self.channels = (int(self.visual.transformer.width),) * len(self.taps)
         self.width = joint_width(self.visual)
+        self.prefix = class_tokens(self.visual)
 
-    def embed(self, x: Tensor, dropout: bool) -> tuple[Tensor, Grid]:
-        """Tokens that enter the first block, (B, 1 + N, C), and the grid; patch dropout only where asked for."""
+    def embed(self, x: Tensor, dropout: bool, replace: Replace | None = None) -> tuple[Tensor, Grid]:
+        """Tokens that enter the first block, (B, P + N, C), and the grid; patch dropout only where asked for.
+
+        replace: changes the patches (B, N, C) before they get their positions.
+        """
         v = self.visual
         x = v.conv1(x)
         grid = (x.shape[-2], x.shape[-1])
         x = x.flatten(2).transpose(1, 2)
+        x = x if replace is None else replace(x)
         x = torch.cat([v.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
         positions = resample_abs_pos_embed(v.positional_embedding[None], grid, v.grid_size, num_prefix_tokens=1)
-        x = x + positions.to(x.dtype)
+        x = with_second(v, x + positions.to(x.dtype))
         return cast(Tensor, v.ln_pre(v.patch_dropout(x) if dropout else x)), grid
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         x, grid = self.embed(x, dropout=False)
         if not self.num_layers:  # a stem of convolutions alone
-            return [_to_map(x[:, 1:], grid) for _ in self.taps]
+            return [_to_map(x[:, self.prefix :], grid) for _ in self.taps]
         _, tokens = self.visual.transformer.forward_intermediates(x, indices=sorted(set(self.taps)), stop_early=True)
         at = dict(zip(sorted(set(self.taps)), tokens, strict=True))  # towers of fewer than 4 blocks repeat a tap
-        return [_to_map(at[t][:, 1:], grid) for t in self.taps]
+        return [_to_map(at[t][:, self.prefix :], grid) for t in self.taps]
 
     def _last(self, x: Tensor) -> Tensor:
         x, grid = self.embed(x, dropout=False)
-        x = self.visual.transformer(x)[:, 1:]
+        x = self.visual.transformer(x)[:, self.prefix :]
         norm = self.visual.ln_post if self.visual.attn_pool is None else self.visual.attn_pool.ln_k
         return _to_map(norm(x), grid)
 
@@ -92,7 +99,7 @@ class NativeViT(Encoder):
         x = v.transformer(x)
         pooled, _ = v._pool(x)
         norm = v.ln_post if v.attn_pool is None else v.attn_pool.ln_k
-        return pooled if v.proj is None else pooled @ v.proj, _to_map(norm(x[:, 1:]), grid)
+        return pooled if v.proj is None else pooled @ v.proj, _to_map(norm(x[:, self.prefix :]), grid)
 
     def project(self, last: Tensor) -> Tensor:
         if self.visual.attn_pool is not None:
@@ -105,7 +112,7 @@ class NativeViT(Encoder):
         name = parameter_name.removeprefix("visual.")
         if name.startswith("transformer.resblocks."):
             return int(name.split(".")[2]) + 1
-        stem = ("conv1", "class_embedding", "positional_embedding", "ln_pre")
+        stem = ("conv1", "class_embedding", "second_class", "positional_embedding", "ln_pre")
         return 0 if name.startswith(stem) else self.num_layers
 
 

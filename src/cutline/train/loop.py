@@ -27,6 +27,7 @@ from cutline.objectives.base import Batch, Features, Objective
 from cutline.objectives.gather import barrier, world
 from cutline.progress import Tick, progress
 from cutline.record import write_atomic
+from cutline.towers.patches import set_patch_dropout
 from cutline.train import checkpoint, gradcache
 from cutline.train.device import device_of
 from cutline.train.metrics import Metrics, cut_metrics
@@ -296,7 +297,10 @@ def _warn(run: Run, before: set[str], tick: Tick) -> set[str]:
 
 def train_step(run: Run, batch: Batch) -> dict[str, float]:
     """One optimiser step; a loss or gradient that is not finite leaves the weights as they are and is counted."""
-    config = run.recipe.train
+    config, see = run.recipe.train, run.recipe.towers
+    if see.patch_dropout:
+        tail = run.step >= run.steps * (1 - see.unmasked_tail)
+        set_patch_dropout(run.trainee.model.visual, 0.0 if tail else see.patch_dropout)
     peak = config.lr * schedule(run.step, run.steps, config.warmup, config.schedule, floor=config.floor)
     set_lr(run.optimiser, peak)
     half = config.precision == "bf16" or (config.precision == "auto" and _has_bf16(run.device))
