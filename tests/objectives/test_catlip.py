@@ -6,16 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
-from objectives_made import rows_of
 from processes import LEAVE, on_two_processes
 
 from cutline import towers
 from cutline.errors import ConfigError
 from cutline.objectives.base import Batch, Features, Texts
 from cutline.objectives.catlip import Config, Objective
-from cutline.train import loop
-from cutline.train.recipe import Recipe
 
 TOWER = {
     "embed_dim": 16,
@@ -98,15 +94,6 @@ def test_classes_may_be_words_of_which_every_token_is_one(classes):
     for none in ([], [""]):
         with pytest.raises(ConfigError, match="has no word in it"):
             Objective(Config(classes=none), model)
-
-
-def test_the_recipe_for_scenes_takes_one_step(tmp_path):
-    values = yaml.safe_load((Path(__file__).parents[2] / "recipes" / "scenes" / "catlip.yaml").read_text())
-    values["data"]["pairs"] = values["data"]["pairs"].replace("n=12800", "n=16")
-    values["train"] |= {"batch": 8, "samples": 8}
-    row = rows_of(loop.train(Recipe.model_validate(values), tmp_path / "run", show=False))[0]
-    assert math.isfinite(row["loss"])
-    assert row["skipped_steps"] == 0
 
 
 TWO = """

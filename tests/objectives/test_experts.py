@@ -1,18 +1,15 @@
 """Experts: each loss against its formula, one pass for embedding and map, two processes, training, recipes, errors."""
 
 import math
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from objectives_made import recipe, rows_of
 from processes import LEAVE, on_two_processes
 from pydantic import ValidationError
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from cutline import towers
 from cutline.config import check
@@ -269,37 +266,6 @@ def test_it_trains_on_true_masks_of_scenes_and_resumes(tmp_path):
         loop.train(plan, tmp_path / "again", show=False)
     again = rows_of(loop.train(plan, tmp_path / "again", resume=True, show=False))
     assert [r["loss"] for r in again] == [r["loss"] for r in rows]
-
-
-def test_the_paper_recipe_parses_builds_and_takes_one_step(monkeypatch):
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know the meta device
-    plan = Recipe.model_validate(yaml.safe_load((RECIPES / "cliptex-b16.yaml").read_text()))
-    with torch.device("meta"):
-        bare = plan.towers.model_copy(update={"pretrained": None})
-        trainee = loop.Trainee(towers.build(bare, device="meta"), plan)
-        wanted = trainee.methods()["experts"].maps()
-        assert [(m.column, m.size) for m in wanted] == [("seg_ade", 56), ("depth_dpt", 56), ("normals_zoe", 56)]
-        shapes = {"segment": (2, 56, 56), "depth": (2, 56, 56), "normals": (2, 3, 56, 56)}
-        columns = {m.column: torch.zeros(shapes[m.kind]) for m in wanted}
-        texts = {"text": base.Texts(torch.zeros(2, 77, dtype=torch.long), torch.arange(2))}
-        monkeypatch.setattr("cutline.objectives.experts._invariant", lambda said, *_: said.sum())  # it looks at values
-        with FlopCounterMode(display=False) as counter:
-            trainee(base.Batch({"image": torch.empty(2, 3, 224, 224)}, texts, columns))[0].backward()
-    count = sum(p.numel() for p in trainee.parameters())
-    print(f"cliptex-b16: {count / 1e6:.1f} M parameters, {counter.get_total_flops() / 2e9:.0f} GFLOP per picture")
-    assert all(p.grad is not None for p in trainee.parameters())
-    assert 149e6 < count < 151e6
-
-
-def test_the_recipe_for_scenes_takes_one_step_on_true_masks(tmp_path):
-    """As its comment says; with labels in a table it is trained by the test of the command."""
-    values = yaml.safe_load((RECIPES / "scenes" / "experts.yaml").read_text())
-    values["data"]["pairs"] = "scenes:n=16,size=64,seed=1,objects=48"
-    values["objectives"]["experts"]["segment"]["column"] = "semantic"
-    values["train"] |= {"batch": 8, "samples": 8}
-    row = rows_of(loop.train(Recipe.model_validate(values), tmp_path / "run", show=False))[0]
-    assert math.isfinite(row["loss"])
-    assert {"experts/segment", "experts/depth", "contrastive/text"} <= row.keys()
 
 
 def test_errors_name_what_to_change(tmp_path):

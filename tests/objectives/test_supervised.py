@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from objectives_made import recipe, rows_of, same_values_and_gradients
 from processes import LEAVE, on_two_processes
 from torch import Tensor
@@ -252,16 +251,3 @@ def test_it_trains_beside_texts_on_the_names_of_scenes(tmp_path):
     assert 0 < rows[-1]["supervised/unknown"] < 1  # there are 24 names, and 8 classes
     assert rows[-1]["supervised/labelled"] == 1
     assert rows[-1]["supervised/feature_std"] > 0.1
-
-
-def test_the_recipe_for_scenes_has_their_names_and_takes_one_step(tmp_path):
-    from cutline.scenes.layout import kinds_of
-    from cutline.scenes.objects import OBJECTS
-
-    values = yaml.safe_load((RECIPES / "scenes" / "supervised.yaml").read_text())
-    assert values["objectives"]["supervised"]["classes"] == [OBJECTS[k].name for k in kinds_of(48)]
-    values["data"]["pairs"] = values["data"]["pairs"].replace("n=12800", "n=16")
-    values["train"] |= {"batch": 8, "samples": 8}
-    row = rows_of(loop.train(Recipe.model_validate(values), tmp_path / "run", show=False))[0]
-    assert math.isfinite(row["loss"])
-    assert (row["skipped_steps"], row["supervised/unknown"]) == (0, 0)

@@ -1,17 +1,13 @@
 """What `silc` and `masked` share: loss, head, centre, EMA and collapse measures; both together, on one process and two."""
 
 import math
-from contextlib import nullcontext
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-import yaml
 from objectives_made import recipe, rows_of, stopped_and_resumed
 from processes import LEAVE, on_two_processes
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from cutline import towers
 from cutline.objectives import base, masked, silc, teacher
@@ -344,36 +340,3 @@ def test_a_step_that_is_not_finite_leaves_teacher_and_centre(tmp_path):
     centre = "objectives.silc.prototypes.centre"
     assert torch.isfinite(run.trainee.state_dict()[centre]).all()
     assert not torch.equal(run.trainee.state_dict()[centre], before[centre])
-
-
-RECIPES = {"silc-b16.yaml": (256, 96, 8), "tips-b16.yaml": (224, 96, 6), "scenes/silc.yaml": (64, 32, 4), "scenes/tips.yaml": (64, 32, 4)}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_recipes_parse_build_and_take_one_step(name, monkeypatch, tmp_path):
-    """The paper-scale ones on meta tensors, which have shapes and no values; parameters and work per picture are printed."""
-    found = Path(__file__).parents[2] / "recipes" / name
-    values = yaml.safe_load(found.read_text())
-    size, local, crops = RECIPES[name]
-    if name.startswith("scenes/"):
-        values["data"]["pairs"] = values["data"]["pairs"].replace("n=12800", "n=16")
-        values["train"] |= {"batch": 8, "samples": 8}
-        row = rows_of(loop.train(Recipe.model_validate(values), tmp_path / "run", show=False))[0]
-        assert math.isfinite(row["loss"])
-        assert row["skipped_steps"] == 0
-        assert 0 < row["silc/entropy/each"] < row["silc/entropy/mean"]
-        return
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know the meta device
-    plan = Recipe.model_validate(values)
-    with torch.device("meta"):
-        trainee = loop.Trainee(towers.build(plan.towers, device="meta"), plan)
-        assert trainee.methods()["silc"].views()[silc.LOCAL] == base.View(size=local, count=crops, scale=(0.05, 0.4))
-        views = {"image": torch.empty(2, 3, size, size), silc.LOCAL: torch.empty(2 * crops, 3, local, local)}
-        tokens = torch.zeros(2, 77, dtype=torch.long)
-        texts = {source: base.Texts(tokens, torch.arange(2), weight=w) for source, w in plan.data.text.weights.items()}
-        with FlopCounterMode(display=False) as counter:
-            trainee(base.Batch(views, texts))[0].backward()
-    trained = sum(p.numel() for p in trainee.parameters() if p.requires_grad)
-    print(f"{name}: {trained / 1e6:.0f} M trained parameters, {counter.get_total_flops() / 2e9:.0f} GFLOP per picture")
-    assert all(p.grad is not None for p in trainee.parameters() if p.requires_grad)
-    assert len({m.tower for m in trainee.methods().values() if isinstance(m, teacher.SelfDistillation)}) == 1
