@@ -47,7 +47,7 @@ class Metrics:
         row |= {
             "images_per_second": self.count * batch / seconds,
             "data_wait": (run.stream.waited - self.waited) / seconds,
-            "peak_memory_gib": _peak_memory(run.device),
+            "peak_memory_gib": peak_memory(run.device),
             "skipped_steps": run.bad,
         }
         if run.flops:
@@ -69,7 +69,7 @@ class Metrics:
         self.board.close()
 
 
-def _peak_memory(device: torch.device) -> float:
+def peak_memory(device: torch.device) -> float:
     """GiB: of the GPU's allocations, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
