@@ -149,6 +149,17 @@ def test_recipes_for_scenes_train_and_resume_exactly(name, whole, reinforced, tm
     assert [r["loss"] for r in rows_of(again)] == [r["loss"] for r in rows]
 
 
+@pytest.mark.parametrize("name", SCENES)
+def test_a_batch_of_one_picture_takes_a_step(name, reinforced, tmp_path):
+    """As a process has it when there are as many of them as pictures in a batch."""
+    plan = Recipe.model_validate(small(name, reinforced))
+    plan.train.batch = 1  # which a recipe for one process may not ask for
+    run = loop.prepare(plan, tmp_path / "run", resume=False)
+    log = loop.train_step(run, next(iter(run.stream.batches(until=1))))
+    assert all(math.isfinite(v) for v in log.values()), log
+    assert run.bad == 0
+
+
 TWO = (
     LEAVE
     + """
