@@ -37,7 +37,7 @@ SCENES = sorted(p.stem for p in (RECIPES / "scenes").glob("*.yaml"))
 PAPER = {
     "clip-b16": (150, 131),
     "siglip-b16": (203, 139),
-    "silc-b16": (172, 346),
+    "silc-b16": (172, 522),
     "tips-b16": (178, 416),
     "xclip-b16": (178, 115),
     "mobileclip-dr-12m": (150, 131),

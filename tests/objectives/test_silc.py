@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cutline import towers
 from cutline.errors import ConfigError
-from cutline.objectives import base, silc
+from cutline.objectives import base, contrastive, silc
 from cutline.objectives.silc import GLOBAL, LOCAL, Config, Objective
 from cutline.train import loop
 from cutline.train.recipe import Recipe
@@ -74,6 +74,27 @@ def test_local_crops_are_three_sevenths_of_the_picture_in_whole_patches(size, pa
     vision = custom["vision_cfg"] | {"image_size": size, "patch_size": patch}
     _, objective = made(custom | {"vision_cfg": vision})
     assert objective.views() == {LOCAL: base.View(size=local, count=8, scale=(0.05, 0.4))}
+
+
+def test_the_text_is_compared_with_both_global_crops():
+    model, _ = made(global_views=2, local_views=1)
+    whole = batch(4, views=1, local=16, count=2)
+    model = model.double()
+    whole.texts["text"] = base.Texts(torch.randint(1, 400, (4, 24)), torch.arange(4))
+    both = contrastive.Objective(contrastive.Config(views=["image", GLOBAL]), model)
+    found = both(whole, base.Features(model, whole))["text"]
+    text = model.encode_text(whole.texts["text"].tokens, normalize=True)
+    each = []
+    for view in ("image", GLOBAL):
+        logits = model.logit_scale.exp() * model.encode_image(whole.views[view], normalize=True) @ text.T
+        each.append((F.cross_entropy(logits, torch.arange(4)) + F.cross_entropy(logits.T, torch.arange(4))) / 2)
+    torch.testing.assert_close(found, (each[0] + each[1]) / 2)
+    for view, views in ((LOCAL, 3), ("silc/globl", 1)):
+        named = contrastive.Objective(contrastive.Config(views=["image", view]), model)
+        wrong = batch(4, views=views, local=16)
+        wrong.texts = whole.texts
+        with pytest.raises(ConfigError, match=f"views names '{view}', which is no view with one crop of each picture"):
+            named(wrong, base.Features(model, wrong))
 
 
 def test_further_global_views_are_of_the_towers_own_size():

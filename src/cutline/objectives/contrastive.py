@@ -33,11 +33,13 @@ from cutline.objectives.gather import gather, pair, world
 class Config(base.ObjectiveConfig):
     """weights: text source → the column with its weight for each picture. A source is a caption column under the rule
     `sum`, and "text" under `sample` and `all`. Rows without a weight count 1. second: text sources that are compared with the
-    second class token of towers with `class_tokens: 2` (TIPS: the synthetic captions). chunk: rows compared at a time (None:
-    all)."""
+    second class token of towers with `class_tokens: 2` (TIPS: the synthetic captions). views: of the pictures, each of which is
+    compared with the texts, and the loss is their mean (SILC, 2310.13355: both global crops, `["image", "silc/global"]`).
+    chunk: rows compared at a time (None: all)."""
 
     weights: dict[str, str] = Field(default_factory=dict)
     second: list[str] = Field(default_factory=list)
+    views: list[str] = Field(default_factory=lambda: ["image"], min_length=1)
     chunk: int | None = Field(None, ge=1)
 
 
@@ -64,18 +66,26 @@ class Objective(base.Objective):
                     f"objectives.contrastive.{key} names {min(unknown)!r}, and the text sources are "
                     f"{', '.join(batch.texts)}: with data.text.rule sum they are the columns, else there is one, text."
                 )
+        for view in self.config.views:
+            if len(batch.views.get(view, ())) != len(batch.views["image"]):
+                raise ConfigError(
+                    f"objectives.contrastive.views names {view!r}, which is no view with one crop of each picture; there are: "
+                    f"{', '.join(batch.views)}."
+                )
         terms = {}
         for source, texts in batch.texts.items():
-            image = features.image(second=source in self.config.second)
-            text, column = features.text(source), self.config.weights.get(source)
-            weight = None if column is None else weights(batch.columns[column], column, image.device)
-            # bf16 would round logits near 100 to halves; the product is a small part of a step.
-            with torch.autocast(image.device.type, enabled=False):
-                features_of = (widen(image), widen(text))
-                if texts.paired:
-                    loss, hits = paired_loss(*features_of, scale, weight, self.config.chunk)
-                else:
-                    loss, hits = multi_positive_loss(*features_of, texts.owners, scale, weight, self.config.chunk)
+            text, column = widen(features.text(source)), self.config.weights.get(source)
+            weight = None if column is None else weights(batch.columns[column], column, text.device)
+            found = []
+            for view in self.config.views:
+                image = widen(features.image(view, second=source in self.config.second))
+                # bf16 would round logits near 100 to halves; the product is a small part of a step.
+                with torch.autocast(image.device.type, enabled=False):
+                    if texts.paired:
+                        found.append(paired_loss(image, text, scale, weight, self.config.chunk))
+                    else:
+                        found.append(multi_positive_loss(image, text, texts.owners, scale, weight, self.config.chunk))
+            loss, hits = (torch.stack(values).mean() for values in zip(*found, strict=True))
             terms[source] = texts.weight * loss
             self.logged[f"accuracy/{source}"] = hits.detach()
         return terms
