@@ -253,8 +253,12 @@ def test_the_report_says_of_a_study_only_what_its_plan_says(plan):
 def test_curves_of_a_run_that_is_being_written(tmp_path, plan):
     folder = Cell("captions", 0).folder(tmp_path)
     folder.mkdir(parents=True)
-    (folder / "metrics.jsonl").write_text('{"samples": 8, "loss": 2.0}\n{"samples": 16, "lo')
+    (folder / "metrics.jsonl").write_text('{"samples": 8, "contrastive/text": 2.0}\n{"samples": 16, "lo')
     assert "<svg" in _curves(plan, tmp_path)
+    (folder / "metrics.jsonl").write_text(
+        '{"samples": 8, "loss": 2.0, "mae/pixels": 2.0, "contrastive/accuracy/text": 1}\n'
+    )
+    assert _curves(plan, tmp_path) is None  # no contrast, and no level to compare
 
 
 def test_another_study_in_the_same_folder_is_refused(study):

@@ -72,6 +72,23 @@ def recipe(**options: object) -> Recipe:
     )  # fmt: skip
 
 
+def test_the_second_class_token_is_not_dropped_with_the_patches():
+    vision = TINY["vision_cfg"] | {"patch_dropout": 0.5}
+    for options in ({}, {"patch_dropout": 0.5}, {"patch_dropout": 0.25}):
+        model = built(TINY | {"vision_cfg": vision}, class_tokens=2, **options).train()
+        seen: list[torch.Tensor] = []
+        model.visual.ln_pre.register_forward_hook(lambda _, x, __, seen=seen: seen.append(x[0][:, 1]))
+        model.encode_classes(torch.randn(8, 3, 48, 48))
+        torch.testing.assert_close(seen[0], model.visual.second_class.expand(8, -1))
+
+
+def test_patch_dropout_that_would_do_nothing_is_refused(tmp_path):
+    values = recipe(patch_dropout=0.5).model_dump(exclude_none=True)
+    values["objectives"] = {"mae": {"width": 16, "depth": 1, "heads": 2}}
+    with pytest.raises(ConfigError, match="patch_dropout=0.5 would do nothing.*which mae does not read"):
+        loop.prepare(Recipe.model_validate(values), tmp_path / "run", resume=False)
+
+
 def test_the_tail_of_a_run_sees_all_patches(tmp_path, monkeypatch):
     seen: list[int] = []
     real = loop.train_step
@@ -100,11 +117,14 @@ def test_two_class_tokens_are_the_plain_tower_with_one_more_token():
     torch.testing.assert_close(both, tokens[:, :2] @ v.proj)
     torch.testing.assert_close(model.encode_image(x), both[:, 0])
     torch.testing.assert_close(model.train().encode_image(x), both[:, 0])  # finished for the first token alone
+    torch.testing.assert_close(model.encode_classes(x), both)  # and for both alone
     encoder = towers.load_encoder(model)
     torch.testing.assert_close(encoder.pooled(x), both[:, 0])
     expected = tokens[:, 2:].transpose(1, 2).reshape(3, 32, 6, 6)
     torch.testing.assert_close(encoder.last(x), expected)
     torch.testing.assert_close(encoder.pooled_and_last(x)[1], expected)
+    for found, right in zip(encoder.classes_and_last(x), (both, expected), strict=True):
+        torch.testing.assert_close(found, right)
     assert [m.shape for m in encoder(torch.randn(1, 3, 40, 64))] == [(1, 32, 5, 8)] * 4
     assert encoder.layer_of("visual.second_class") == 0
 
@@ -144,10 +164,24 @@ def test_a_run_with_two_class_tokens_keeps_them(tmp_path):
         open_clip.create_model(f"local-dir:{run}/model")
 
 
+def test_a_trained_clip_goes_on_with_two_class_tokens_that_start_alike(tmp_path):
+    one = built().eval()
+    towers.save(one, tmp_path / "one")
+    two = towers.build(towers.TowerConfig(model=str(tmp_path / "one"), class_tokens=2)).eval()
+    both = two.encode_classes(torch.randn(2, 3, 48, 48))
+    torch.testing.assert_close(both[:, 0], both[:, 1])
+    assert all(torch.equal(v, two.state_dict()[k]) for k, v in one.state_dict().items())
+    assert towers.load(str(towers.save(two, tmp_path / "two"))).class_tokens == 2
+
+
 def test_a_second_class_token_where_there_can_be_none_is_refused():
     with pytest.raises(ConfigError, match="class_tokens=2 needs a CLIP"):
         towers.build(towers.TowerConfig(model="mci0-128", class_tokens=2))
     with pytest.raises(ConfigError, match="class_tokens=2 needs a plain ViT"):
         built(TINY | {"vision_cfg": TINY["vision_cfg"] | {"pool_type": "avg"}}, class_tokens=2)
+    model = built(class_tokens=2)
+    batch = base.Batch({"image": torch.randn(2, 3, 48, 48)}, {"text": base.Texts(torch.ones(2, 24, dtype=torch.long), torch.arange(2))})  # fmt: skip
+    with pytest.raises(ConfigError, match=r"second=\['text'\] names every text source"):
+        contrastive.Objective(contrastive.Config(second=["text"]), model)(batch, base.Features(model, batch))
     with pytest.raises(ConfigError, match=r"second=\['captions'\] needs towers with a second class token"):
         contrastive.Objective(contrastive.Config(second=["captions"]), built())

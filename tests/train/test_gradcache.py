@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from processes import on_two_processes
+from processes import LEAVE, on_two_processes
 
 sys.path.append(str(Path(__file__).parents[1] / "objectives"))
 from objectives_made import recipe, rows_of, stopped_and_resumed
@@ -90,6 +90,16 @@ def test_objectives_that_pass_the_tower_see_one_micro_batch_after_the_other(tmp_
     assert found[0]["centre"].abs().max() > 0
 
 
+def test_collapse_is_judged_by_all_micro_batches(tmp_path):
+    """Of eight pictures in parts of seven the last part has one, which tells nothing of how pictures differ."""
+    mae = {"width": 16, "depth": 1, "heads": 2}
+    run, batch = prepared(plan("sum", silc={**SIZES, "local_views": 2}, mae=mae), tmp_path / "run")
+    gradients(run, batch, 7)
+    silc, mae = (run.trainee.objectives[n].logged for n in ("silc", "mae"))
+    assert silc["entropy/mean"] - silc["entropy/each"] > 0.01
+    assert "explained" in mae
+
+
 def test_random_numbers_are_replayed(tmp_path):
     """With patches dropped at random, one micro-batch of all pictures draws what the plain step draws, both times."""
     values = recipe(contrastive={})
@@ -101,18 +111,26 @@ def test_random_numbers_are_replayed(tmp_path):
         torch.testing.assert_close(cached[name], value, rtol=1e-8, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
-def test_batch_norms_move_once(tmp_path):
+def test_batch_norms_move_once_by_the_mean_of_the_micro_batches(tmp_path):
     values = recipe(contrastive={})
     values["towers"]["custom"] |= {"custom_text": True, "vision_cfg": {
         "timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear", "image_size": 48}}  # fmt: skip
     run, batch = prepared(Recipe.model_validate(values), tmp_path / "run")
     start = {k: v.clone() for k, v in run.trainee.named_buffers()}
-    gradients(run, batch, None)
-    once = {k: v.clone() for k, v in run.trainee.named_buffers()}
-    run.trainee.load_state_dict(start, strict=False)
-    gradients(run, batch, 8)
-    assert any(not torch.equal(start[k], v) for k, v in once.items())
-    assert all(torch.equal(v, once[k]) for k, v in run.trainee.named_buffers())
+    floats = [k for k in start if "running_" in k]
+    found = []
+    for part in (batch, *(p for p, _ in gradcache.micro_batches(batch, 4))):
+        run.trainee.load_state_dict(start, strict=False)
+        run.trainee.model.encode_image(part.views["image"])
+        found.append({k: v.clone() for k, v in run.trainee.named_buffers()})
+    whole, first, second = found
+    assert any(not torch.equal(start[k], whole[k]) for k in floats)
+    for rows, expected in ((8, whole), (4, {k: (first[k] + second[k]) / 2 for k in floats})):
+        run.trainee.load_state_dict(start, strict=False)
+        gradients(run, batch, rows)
+        now = dict(run.trainee.named_buffers())
+        for k in floats:
+            torch.testing.assert_close(now[k], expected[k])
 
 
 def test_no_pass_sees_more_than_a_micro_batch(tmp_path, monkeypatch):
@@ -170,6 +188,33 @@ def test_two_processes_in_micro_batches_train_like_one_in_one(tmp_path):
     for a, b in zip(rows_of(one), rows_of(tmp_path / "two"), strict=True):
         for name in ("loss", "grad_norm", "nclip/cross/text"):
             assert b[name] == pytest.approx(a[name], abs=2e-3)
+
+
+CHANNELS_LAST = (
+    LEAVE
+    + """
+import torch, torch.distributed as dist
+from cutline.train.gradcache import average_gradients
+dist.init_process_group("gloo")
+layer = torch.nn.Conv2d(4, 8, 3).to(memory_format=torch.channels_last)
+layer.extra = torch.nn.Parameter(torch.ones(2))
+layer.unused = torch.nn.Parameter(torch.ones(2))
+layer(torch.full((1, 4, 5, 5), 1.0 + dist.get_rank()).to(memory_format=torch.channels_last)).sum().backward()
+if dist.get_rank():
+    layer.extra.sum().backward()
+mine = layer.weight.grad[0, 0, 0, 0].item()
+average_gradients(layer)
+assert layer.weight.grad.is_contiguous(memory_format=torch.channels_last)
+print(mine, layer.weight.grad.mean().item(), layer.extra.grad.tolist(), layer.unused.grad)
+leave()
+"""
+)
+
+
+def test_gradients_of_channels_last_weights_are_averaged_and_unused_weights_have_none(tmp_path):
+    outputs = on_two_processes(CHANNELS_LAST, folder=tmp_path)
+    assert [o.split(" ", 1)[1].strip() for o in outputs] == ["13.5 [0.5, 0.5] None"] * 2
+    assert [float(o.split()[0]) for o in outputs] == [9.0, 18.0]
 
 
 def test_micro_batches_and_compile_are_refused_together():

@@ -169,7 +169,9 @@ class Features:
         if self.gives_tokens:
             return self._look(pictures)
         if getattr(self.model, "class_tokens", 1) > 1:
-            return self._look(pictures) | {"dense": self.encoder.last(pictures)}
+            both, dense = self.encoder.classes_and_last(pictures)
+            first, second = nn.functional.normalize(both, dim=-1).unbind(1)
+            return {"image": first, "image second": second, "dense": dense}
         pooled, dense = self.encoder.pooled_and_last(pictures)
         return {"image": nn.functional.normalize(pooled, dim=-1), "dense": dense}
 
@@ -197,6 +199,7 @@ class Objective(nn.Module):
     own_passes: bool = (
         False  # whether it passes the tower itself; its loss is then a mean over pictures, each by itself
     )
+    reads_pooled: bool = True  # whether it passes the tower for the pooled embedding, from which patches may be dropped
     reads_map: bool = False  # whether it asks for `Features.dense`, which is then made with the embedding
 
     def __init__(self, config: ObjectiveConfig, model: nn.Module) -> None:

@@ -72,6 +72,11 @@ class Objective(base.Objective):
                     f"objectives.contrastive.views names {view!r}, which is no view with one crop of each picture; there are: "
                     f"{', '.join(batch.views)}."
                 )
+        if set(self.config.second) == set(batch.texts):
+            raise ConfigError(
+                f"objectives.contrastive.second={self.config.second} names every text source, and the first class token, which "
+                "is what the encoder gives, would learn from none: leave one out."
+            )
         terms = {}
         for source, texts in batch.texts.items():
             text, column = widen(features.text(source)), self.config.weights.get(source)

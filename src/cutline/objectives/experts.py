@@ -84,6 +84,7 @@ class Config(base.ObjectiveConfig):
 class Objective(base.Objective):
     config: Config
     needs_text = False
+    reads_pooled = False
     reads_map = True
 
     def __init__(self, config: Config, model: Any) -> None:

@@ -96,6 +96,7 @@ class Decoder(nn.Module):
 class Objective(base.Objective):
     needs_text = False
     own_passes = True
+    reads_pooled = False
     config: Config
 
     def __init__(self, config: Config, model: Model) -> None:

@@ -36,6 +36,7 @@ class Config(teacher.Config):
 
 class Objective(teacher.SelfDistillation):
     config: Config
+    reads_pooled = False
 
     def __init__(self, config: Config, model: Model) -> None:
         super().__init__(config, model)

@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -110,8 +111,9 @@ def _difference_cell(plan: Plan, task: str, d: Difference | None) -> dict[str, s
 
 def _subtitle(plan: Plan) -> str:
     seeds = f"{len(plan.seeds)} seed" + ("s" if len(plan.seeds) > 1 else "")
-    train = plan.recipe(next(iter(plan.arms)), plan.seeds[0]).train
-    return f"{len(plan.arms)} encoders, {len(plan.tasks)} tasks, {seeds}; {train.samples:,} pictures seen in each pretraining."
+    seen = sorted({plan.recipe(a, plan.seeds[0]).train.samples for a, o in plan.arms.items() if o is not None} or {0})
+    pictures = f"{seen[0]:,}" if len(seen) == 1 else f"{seen[0]:,} to {seen[-1]:,}"
+    return f"{len(plan.arms)} encoders, {len(plan.tasks)} tasks, {seeds}; {pictures} pictures seen in each pretraining."
 
 
 def _score_note(plan: Plan) -> str:
@@ -129,7 +131,7 @@ def _score_note(plan: Plan) -> str:
 def _curve_note(plan: Plan) -> str:
     batch = plan.recipe(next(iter(plan.arms)), plan.seeds[0]).train.batch
     return (
-        f"Contrastive loss. An encoder that tells nothing apart stays at log({batch}) = {math.log(batch):.2f} (dashed). The "
+        f"Contrastive loss of the encoders that have one. An encoder that tells nothing apart stays at log({batch}) = {math.log(batch):.2f} (dashed). The "
         "levels of different texts do not compare: what matters is that both learn."
     )
 
@@ -168,18 +170,26 @@ def _curves(plan: Plan, out: Path) -> str | None:
             rows = [
                 json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")
             ]  # of a live run, too
-            label = arm if seed == plan.seeds[0] else None
-            axis.plot(
-                [r["samples"] for r in rows], [r["loss"] for r in rows], color=COLOURS[i % 6], label=label, lw=1.6
-            )
-            drawn = True
+            shown = [(r["samples"], _contrast(r)) for r in rows if _contrast(r)]
+            if shown:
+                label = arm if seed == plan.seeds[0] else None
+                colour = COLOURS[i] if len(plan.arms) <= len(COLOURS) else f"C{i % 10}"
+                style = "-" if i < 10 else "--" if i < 20 else ":"
+                axis.plot(*zip(*shown, strict=True), color=colour, ls=style, label=label, lw=1.6)
+                drawn = True
     if not drawn:
         return None
     axis.axhline(math.log(plan.recipe(next(iter(plan.arms)), 0).train.batch), color="#888", ls="--", lw=1)
     axis.set(xlabel="pictures seen", ylabel="loss")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, fontsize=7 if len(plan.arms) > len(COLOURS) else None)
     return _svg(figure)
+
+
+def _contrast(row: dict[str, float]) -> float:
+    """The contrastive loss in a line of metrics, the mean over text sources; 0 where there is none."""
+    terms = [v for k, v in row.items() if re.fullmatch(r"contrastive/[^/]+", k)]
+    return sum(terms) / max(len(terms), 1)
 
 
 def _predictions(plan: Plan, out: Path, found: dict[Cell, Result]) -> list[dict[str, Any]]:

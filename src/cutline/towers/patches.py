@@ -4,11 +4,13 @@
 from typing import Any
 
 import torch
+from open_clip.transformer import PatchDropout as OpenClipDropout
 from open_clip.transformer import VisionTransformer
 from timm.layers import PatchDropout
 from torch import Tensor, nn
 
 from cutline.errors import ConfigError
+from cutline.towers.pooling import finishes_one, some_tokens
 
 
 def set_patch_dropout(visual: Any, rate: float) -> None:
@@ -24,9 +26,9 @@ def set_patch_dropout(visual: Any, rate: float) -> None:
             f"towers.patch_dropout={rate}: {type(tower).__name__} cannot leave patches out; set it to 0, or train a plain "
             "ViT (open_clip's own, such as ViT-B-16)."
         )
-    if getattr(now, "prob", 0.0) == rate:
-        return
     prefix = getattr(tower, "num_prefix_tokens", class_tokens(tower))
+    if (getattr(now, "prob", 0.0), getattr(now, "num_prefix_tokens", prefix)) == (rate, prefix):
+        return  # in place already: the loop asks at every step
     setattr(tower, place, PatchDropout(rate, prefix).train(tower.training) if rate else nn.Identity())
 
 
@@ -50,20 +52,34 @@ class TwoClassViT(VisionTransformer):  # type: ignore[misc]
 
     def both(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, 2, D), not normalised."""
-        x: Tensor = self.ln_post(self.transformer(self._embeds(images))[:, :2])
+        x = self._embeds(images)
+        if self.training and finishes_one(self.transformer):
+            x = some_tokens(self.transformer, x, torch.arange(2, device=x.device).expand(len(x), 2))
+        else:
+            x = self.transformer(x)[:, :2]
+        return self.project(x)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """Class tokens of the last block (B, 2, C) → (B, 2, D)."""
+        x: Tensor = self.ln_post(tokens)
         return x if self.proj is None else x @ self.proj
 
 
 def add_second_class(visual: Any) -> None:
-    """Give a tower its second class token; it starts like the first. Raises `ConfigError` for towers that pool otherwise."""
+    """Give a tower its second class token, which starts as the first with its position. Raises `ConfigError` for towers
+    that pool otherwise."""
     if type(visual) is not VisionTransformer or visual.pool_type != "tok" or visual.attn_pool is not None:
         raise ConfigError(
             "towers.class_tokens=2 needs a plain ViT of open_clip that pools its class token, such as ViT-B-16, and this tower "
             "is another: leave class_tokens out."
         )
-    width = visual.class_embedding.shape[0]
-    visual.second_class = nn.Parameter(width**-0.5 * torch.randn_like(visual.class_embedding))
+    first = visual.class_embedding + visual.positional_embedding[0]
+    visual.second_class = nn.Parameter(first.detach().clone())
     visual.__class__ = TwoClassViT
+    if isinstance(
+        visual.patch_dropout, OpenClipDropout
+    ):  # of an architecture that has it; it would spare the first alone
+        visual.patch_dropout = PatchDropout(visual.patch_dropout.prob, 2)
 
 
 def class_tokens(visual: Any) -> int:

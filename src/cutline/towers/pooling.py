@@ -23,14 +23,18 @@ def finishes_one(transformer: Any) -> bool:
 
 def one_token(transformer: Any, x: Tensor, at: Tensor, mask: Tensor | None = None) -> Tensor:
     """The transformer's output for token `at` (B,) of each sequence of x (B, N, C): (B, C). mask: (N, N), added."""
+    return some_tokens(transformer, x, at[:, None], mask)[:, 0]
+
+
+def some_tokens(transformer: Any, x: Tensor, at: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The same for the tokens `at` (B, k): (B, k, C)."""
     for block in transformer.resblocks[:-1]:
         x = block(x, attn_mask=mask)
     block = transformer.resblocks[-1]
-    rows = torch.arange(len(x), device=x.device)
+    rows = torch.arange(len(x), device=x.device)[:, None]
     keys = block.ln_1(x)
     if mask is not None:
-        mask = mask[at][:, None].repeat_interleave(block.attn.num_heads, dim=0)  # (B·heads, 1, N)
-    queries = keys[rows, at][:, None]
-    x = x[rows, at][:, None] + block.ls_1(block.attention(queries, keys, keys, mask))
+        mask = mask[at].repeat_interleave(block.attn.num_heads, dim=0)  # (B·heads, k, N)
+    x = x[rows, at] + block.ls_1(block.attention(keys[rows, at], keys, keys, mask))
     x = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return x[:, 0]
+    return x

@@ -29,7 +29,7 @@ from cutline.towers.config import TowerConfig
 from cutline.towers.encoder import Encoder
 from cutline.towers.encoder import wrap as wrap_encoder
 from cutline.towers.model import ClipModel, CoCaModel, CustomTextModel, ImageModel, Model, fast
-from cutline.towers.patches import set_patch_dropout
+from cutline.towers.patches import add_second_class, set_patch_dropout
 from cutline.towers.presets import PRESETS
 
 CONFIG_NAME = "open_clip_config.json"
@@ -220,8 +220,6 @@ def _create(cfg: dict[str, Any], preprocess: dict[str, Any], weights: str | None
     if not shorten:
         text["context_length"] = context
     _set_image_size(vision, config.image_size)
-    if config.class_tokens > 1:
-        cfg["class_tokens"] = config.class_tokens
     if "timm_model_name" in vision:
         vision["timm_model_pretrained"] = False
     if "hf_model_name" in text:
@@ -229,7 +227,7 @@ def _create(cfg: dict[str, Any], preprocess: dict[str, Any], weights: str | None
     arguments = {k: v for k, v in cfg.items() if k != "custom_text"}
     custom = cfg.get("custom_text", False) or "hf_model_name" in text
     kind = CoCaModel if "multimodal_cfg" in cfg else CustomTextModel if custom else ClipModel
-    if arguments.get("class_tokens", 1) > 1 and kind is not ClipModel:
+    if config.class_tokens > 1 and kind is not ClipModel:
         raise ConfigError(
             "towers.class_tokens=2 needs a CLIP with open_clip's own ViT and text tower, such as ViT-B-16."
         )
@@ -243,6 +241,9 @@ def _create(cfg: dict[str, Any], preprocess: dict[str, Any], weights: str | None
         except Exception as e:  # unpickling errors, missing keys, shapes: all mean "not these weights"
             first = "; ".join(str(e).splitlines()[:4])
             raise DataError(f"the weights {weights!r} do not fit this architecture: {first}") from e
+    if config.class_tokens > 1 and model.class_tokens == 1:
+        add_second_class(model.visual)  # after the weights, which may be those of a CLIP with one
+        cfg["class_tokens"] = config.class_tokens
     if shorten:
         _shorten_context(model, context)
         text["context_length"] = context

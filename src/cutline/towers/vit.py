@@ -91,15 +91,28 @@ class NativeViT(Encoder):
         return cast(Tensor, x if self.visual.proj is None else x @ self.visual.proj)
 
     def pooled_and_last(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        v, padded = self.visual, self._pad(images)
-        dropping = v.training and not isinstance(v.patch_dropout, nn.Identity)
-        if dropping or padded is not images:
+        v = self.visual
+        if self._parts_ways(images):
             return super().pooled_and_last(images)
         x, grid = self.embed(images, dropout=False)
         x = v.transformer(x)
         pooled, _ = v._pool(x)
         norm = v.ln_post if v.attn_pool is None else v.attn_pool.ln_k
         return pooled if v.proj is None else pooled @ v.proj, _to_map(norm(x[:, self.prefix :]), grid)
+
+    def classes_and_last(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As `pooled_and_last`, of a tower with two class tokens: (B, 2, D) and the map."""
+        v = self.visual
+        if self._parts_ways(images):
+            return v.both(images), self.last(images)
+        x, grid = self.embed(images, dropout=False)
+        x = v.transformer(x)
+        return v.project(x[:, :2]), _to_map(v.ln_post(x[:, 2:]), grid)
+
+    def _parts_ways(self, images: Tensor) -> bool:
+        """Whether the embedding and the map are of different tokens: with dropped patches, or of a padded picture."""
+        dropping = self.visual.training and not isinstance(self.visual.patch_dropout, nn.Identity)
+        return dropping or self._pad(images) is not images
 
     def project(self, last: Tensor) -> Tensor:
         if self.visual.attn_pool is not None:

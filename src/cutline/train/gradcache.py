@@ -8,21 +8,21 @@ A loss that compares samples needs the features of all, but their activations on
     3. every micro-batch passes once more, with the random numbers of the first time and with gradients, and
        dL/d(features) flows back through it into the weights
 
-The towers' work is four thirds of the plain step's, and memory is that of one micro-batch beside the features. Batch norms
-take their statistics over a micro-batch (as over each process's pictures otherwise), and move once a step.
+The towers' work is four thirds of the plain step's, and their memory that of one micro-batch, beside the features. What an
+objective does with the features (a decoder, the heads of experts) it does for the whole batch. Batch norms normalise over a
+micro-batch (as over each process's pictures otherwise), and their averages move by the mean of its micro-batches once a step.
 
 Objectives that pass the tower themselves (`Objective.own_passes`: crops, masked patches) compare no samples: their loss
 is a mean over pictures, and they are given one micro-batch after the other.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from cutline.objectives.base import Batch, Features, Tower
 from cutline.objectives.gather import world
@@ -43,8 +43,7 @@ class Cached(Features):
             for part in parts:
                 states.append(_random_state(inputs.device))
                 found.append(tower(part))
-        for buffer, before in zip(self.model.buffers(), statistics, strict=True):
-            buffer.copy_(before)
+        _copy(self.model.buffers(), statistics)
         leaves = {what: torch.cat([f[what] for f in found]).requires_grad_() for what in found[0]}
         self._passes.append((tower, parts, states, leaves))
         return leaves
@@ -53,10 +52,16 @@ class Cached(Features):
         """Let the gradients that the features have got flow on into the towers."""
         for tower, parts, states, leaves in self._passes:
             given = {what: torch.split(leaf.grad, self.rows) for what, leaf in leaves.items() if leaf.grad is not None}
+            averages = [b for n, b in self.model.named_buffers() if n.endswith(("running_mean", "running_var"))]
+            start, moved = ([x.clone() for x in averages] for _ in range(2))
             for i, (part, state) in enumerate(zip(parts, states, strict=True) if given else ()):
+                _copy(averages, start)
                 with _replayed(state, part.device), self.precision():
                     found = tower(part)
                 torch.autograd.backward([found[what] for what in given], [g[i] for g in given.values()])
+                for total, now, before in zip(moved, averages, start, strict=True):
+                    total += (now - before) / len(parts)
+            _copy(averages, moved)
 
 
 Precision = Callable[[], AbstractContextManager[Any]]  # of a forward pass, such as bf16 autocast
@@ -79,12 +84,18 @@ def backward(trainee: Any, batch: Batch, rows: int, precision: Precision) -> tup
     features.backward()
     total = loss.detach()
     own = [n for n, o in methods.items() if o.own_passes]
+    logged: dict[str, list[tuple[float, Tensor]]] = {}
     for part, share in micro_batches(batch, rows) if own else ():
         with precision():
             loss, found = trainee.losses(own, part, Features(trainee.model, part))
         (share * loss).backward()
         total = total + share * loss.detach()
-        log |= {name: log.get(name, 0) + share * value for name, value in found.items()}
+        for name, value in found.items():
+            logged.setdefault(name, []).append((share, value))
+    # A number that a part does not have is the mean over those that do.
+    log |= {n: torch.stack([s * v for s, v in x]).sum() / sum(s for s, _ in x) for n, x in logged.items()}
+    for name in own:  # by which they judge, after the step, whether training has collapsed
+        methods[name].logged = {k: log[f"{name}/{k}"] for k in methods[name].logged}
     average_gradients(trainee)
     return total, log
 
@@ -106,13 +117,15 @@ def average_gradients(module: nn.Module) -> None:
     weights = [p for p in module.parameters() if p.requires_grad]
     used = torch.tensor([p.grad is not None for p in weights], dtype=torch.uint8, device=weights[0].device)
     dist.all_reduce(used, dist.ReduceOp.MAX)
-    weights = [p for p, is_used in zip(weights, used.tolist(), strict=True) if is_used]
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
-    mean = parameters_to_vector(grads)
-    dist.all_reduce(mean)
-    vector_to_parameters(mean / world()[1], grads)
-    for p, grad in zip(weights, grads, strict=True):
-        p.grad = grad
+    for p in (p for p, is_used in zip(weights, used.tolist(), strict=True) if is_used):
+        mean = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()  # convolutions' may be channels-last
+        dist.all_reduce(mean)
+        p.grad = torch.zeros_like(p).copy_(mean / world()[1])
+
+
+def _copy(to: Iterable[Tensor], values: Iterable[Tensor]) -> None:
+    for tensor, value in zip(to, values, strict=True):
+        tensor.copy_(value)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -198,6 +198,11 @@ def prepare(recipe: Recipe, out: Path, resume: bool, source: Source | None = Non
     model = towers.build(recipe.towers, device=device)
     trainee = Trainee(model, recipe).to(device)
     torch.manual_seed(recipe.seed + 1 + rank)  # what is drawn while training differs between processes
+    if recipe.towers.patch_dropout and not any(o.reads_pooled for o in trainee.methods().values()):
+        raise ConfigError(
+            f"towers.patch_dropout={recipe.towers.patch_dropout} would do nothing: it leaves patches out of the pooled embedding, "
+            f"which {', '.join(trainee.methods())} does not read. Set it to 0."
+        )
     stream = _stream(recipe, trainee, model, source, device)
     groups = param_groups(trainee, config.lr, config.weight_decay)
     optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
@@ -205,6 +210,9 @@ def prepare(recipe: Recipe, out: Path, resume: bool, source: Source | None = Non
     if config.ema is not None:
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)  # type: ignore[no-untyped-call]
     wrapped: nn.Module = trainee
+    if size > 1 and config.micro_batch is not None:
+        for tensor in (*trainee.parameters(), *trainee.buffers()):
+            dist.broadcast(tensor.detach(), 0)  # as DDP does, which is not there
     if size > 1 and config.micro_batch is None:
         wrapped = nn.parallel.DistributedDataParallel(trainee, find_unused_parameters=True)
     if config.compile:
@@ -362,7 +370,7 @@ def _clamp_scale(model: nn.Module, most: float) -> None:
 
 @contextmanager
 def _counted(run: Run) -> Iterator[None]:
-    """Count the FLOPs of the first step on a GPU, for MFU."""
+    """Count the FLOPs of the first step on a GPU, for MFU (with micro-batches these include both passes)."""
     if run.flops or run.device.type != "cuda" or run.recipe.train.compile:
         yield
         return
