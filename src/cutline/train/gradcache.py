@@ -95,7 +95,7 @@ def backward(trainee: Any, batch: Batch, rows: int, precision: Precision) -> tup
     # A number that a part does not have is the mean over those that do.
     log |= {n: torch.stack([s * v for s, v in x]).sum() / sum(s for s, _ in x) for n, x in logged.items()}
     for name in own:  # by which they judge, after the step, whether training has collapsed
-        methods[name].logged = {k: log[f"{name}/{k}"] for k in methods[name].logged}
+        methods[name].logged = {k.removeprefix(f"{name}/"): v for k, v in log.items() if k.startswith(f"{name}/")}
     average_gradients(trainee)
     return total, log
 
