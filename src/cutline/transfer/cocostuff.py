@@ -39,8 +39,9 @@ def open(rest: str, task: Task) -> DenseData:
     by_train_id = label_table({k: k for k in range(len(classes))})
 
     def read(path: Path) -> NDArray[np.int16]:
-        train = path.name.endswith(TRAIN_IDS)
-        return read_mask(path, by_train_id if train else by_id, f"labels are 0 to {170 if train else 181}, and 255.")
+        if path.name.endswith(TRAIN_IDS):
+            return read_mask(path, by_train_id, "labels are 0 to 170, and 255.")
+        return read_mask(path, by_id, f"labels are 0 to 181 but {', '.join(map(str, NEVER))}, and 255.")
 
     return build(spec, task, rows, read, classes)
 

@@ -67,7 +67,8 @@ def read_mask(path: Path, table: NDArray[np.int16], advice: str) -> NDArray[np.i
         wrong = [str(v) for v in np.unique(values[(mapped == UNKNOWN) | (values < 0)]).tolist()[:5]]
         told = advice.format(labels="+".join(wrong))
         raise Skip(
-            "label out of range", f"{path} has labels {', '.join(wrong)} beyond the {table.max() + 1} classes: {told}"
+            "label out of range",
+            f"{path} has labels {', '.join(wrong)} that are none of the {table.max() + 1} classes: {told}",
         )
     return mapped
 
