@@ -55,7 +55,6 @@ class Prepared(Generic[C]):
                 "steps": self.steps,
                 "warmup": self.warmup,
                 "crop": self.crop,
-                "colour": config.colour or "none",
                 "channels": channels,
                 "pyramid_channels": config.pyramid_channels or min(256, channels),
             }
@@ -104,7 +103,7 @@ def finetune(
         config.short,
         (red, green, blue),
         empty,
-        config.colour or "none",
+        config.colour,
         cutdepth,
     )
     batches = Batches(prepared.split, prepared.rows, config.batch, config.seed, cut)

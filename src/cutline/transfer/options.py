@@ -49,7 +49,7 @@ class DenseConfig(Config):
     scale: tuple[float, float] = (1.0, 1.0)
     short: int | None = Field(None, ge=16)
     flip: bool = True
-    colour: Literal["none", "photometric", "jitter"] | None = None
+    colour: Literal["none", "photometric", "jitter"] = "none"
     test: Literal["whole", "slide"] = "whole"
     stride: int | None = Field(None, ge=1)
     test_flip: bool = False
