@@ -18,6 +18,8 @@ from cutline.transfer.data import Sample, open_data
 from cutline.transfer.depth import DepthConfig
 from cutline.transfer.depth import fit as fit_depth
 from cutline.transfer.segment import SegmentConfig, Segmenter, fit
+from cutline.transfer.store import load as load_model
+from cutline.transfer.store import save
 
 FILL = (10, 20, 30)
 
@@ -195,6 +197,14 @@ def test_the_logged_loss_holds_the_auxiliary_one(folder: Callable[..., Path], en
         losses.append(json.loads((tmp_path / str(aux) / "metrics.jsonl").read_text().splitlines()[0])["loss"])
     assert losses[2] - losses[1] == pytest.approx(losses[1] - losses[0], rel=1e-4)
     assert (losses[1] - losses[0]) / 0.4 == pytest.approx(np.log(3), rel=0.5)  # a random head of three classes
+
+
+def test_an_auxiliary_head_is_saved_with_the_model(folder: Callable[..., Path], encoder: Any, tmp_path: Path) -> None:
+    model = fit(encoder, f"folder:{folder()}", SegmentConfig(aux=0.4, channels=64, steps=1, batch=8))
+    again = load_model(save(model, tmp_path / "model"))
+    assert again.state_dict().keys() == model.state_dict().keys()
+    picture = np.full((32, 32, 3), 90, np.uint8)
+    assert (again.predict([picture])[0] == model.predict([picture])[0]).all()
 
 
 def test_an_unknown_colour_is_refused() -> None:

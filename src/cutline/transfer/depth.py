@@ -45,7 +45,8 @@ class DepthConfig(DenseConfig):
 
     The MIM protocol (NYUv2; 2205.13543 and SwinTransformer/MIM-Depth-Estimation): head=deconv deconvolutions=3
     filters=32 channels=128 batch=24 steps=25 epochs lr=5e-4 weight_decay=0.05 layer_decay=0.9 drop_path=0.3 crop=480
-    max_depth=10 eval_crop=eigen test_flip=true schedule=poly power=0.9 (and warm-up over the first half). DINOv2's
+    max_depth=10 eval_crop=eigen test_flip=true schedule=poly power=0.9 (and warm-up over the first half)
+    cutdepth=0.25 colour=jitter; for KITTI crop=352 max_depth=80 eval_crop=garg. DINOv2's
     probe: head=linear frozen=true bins=256 lr=3e-4 weight_decay=1e-4 steps=38400 batch=16 crop=[416,544]
     test_flip=true.
     """
