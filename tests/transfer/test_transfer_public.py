@@ -179,6 +179,8 @@ def test_the_labelled_nyuv2_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     filled = open_data(f"nyuv2:{tmp_path}/nyu_depth_v2_labeled.mat,depths=filled", "depth")
     assert (filled.split("test").read(0).target == stored["depths"][1].T).all()
     assert filled.fingerprint != data.fingerprint
+    with pytest.raises(DataError, match="unknown option 'scale'; there are depths=filled and splits=splits.mat"):
+        open_data(f"nyuv2:{tmp_path},scale=1", "depth")
     (tmp_path / "splits.mat").unlink()
     with pytest.raises(DataError, match="the official split is not at .*splits=FILE"):
         open_data(f"nyuv2:{tmp_path}", "depth")

@@ -57,9 +57,12 @@ def choice(spec: str, options: Mapping[str, str], name: str, *values: str) -> st
 def scale_of(spec: str, options: Mapping[str, str]) -> float | None:
     """The option `scale`, metres per stored unit, None if it is not given."""
     try:
-        return float(options["scale"]) if "scale" in options else None
+        scale = float(options["scale"]) if "scale" in options else None
     except ValueError as e:
         raise DataError(f"{spec}: {e}. Write for example scale=0.001.") from e
+    if scale is not None and not 0 < scale < float("inf"):
+        raise DataError(f"{spec}: scale={scale} must be above 0: metres per stored unit, for example 0.001.")
+    return scale
 
 
 def serves(kind: str, task: Task, served: Literal["segment", "depth"]) -> None:

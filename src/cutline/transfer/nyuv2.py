@@ -38,18 +38,19 @@ def open(rest: str, task: Task) -> DenseData:
     """Open `nyuv2:PATH[,scale=0.001]` or `nyuv2:FILE.mat[,depths=raw|filled][,splits=FILE]`."""
     spec = f"nyuv2:{rest}"
     serves("nyuv2", task, "depth")
-    path, options = parse("nyuv2", rest, scale="0.001", depths="filled", splits="splits.mat")
-    scale, depths = scale_of(spec, options) or 0.001, choice(spec, options, "depths", "raw", "filled")
-    if path.suffix == ".mat" and path.is_file():
-        return _labelled(spec, path, Path(options.get("splits", path.parent / SPLITS)), depths)
+    path = Path(rest.split(",")[0])
     rows = {split: _rows(path, split) for split in FOLDERS}
-    if not any(rows.values()) and (path / MAT).is_file():
-        return _labelled(spec, path / MAT, Path(options.get("splits", path / SPLITS)), depths)
+    mat = path / MAT if path.is_dir() and not any(rows.values()) else path
+    if mat.suffix == ".mat" and mat.is_file():
+        _, options = parse("nyuv2", rest, depths="filled", splits="splits.mat")
+        depths = choice(spec, options, "depths", "raw", "filled")
+        return _labelled(spec, mat, Path(options.get("splits", mat.parent / SPLITS)), depths)
+    _, options = parse("nyuv2", rest, scale="0.001")
     for split, found in rows.items():
         if not found:
             raise missing(spec, path, f"list or picture to {split} on", LAYOUT)
-    read = partial(read_depth, scale=scale)
-    return build(spec, task, rows, read, notes={"scale": scale}, max_depth=MAX_DEPTH)
+    scale = scale_of(spec, options) or 0.001
+    return build(spec, task, rows, partial(read_depth, scale=scale), notes={"scale": scale}, max_depth=MAX_DEPTH)
 
 
 def _rows(root: Path, split: str) -> list[Row]:
