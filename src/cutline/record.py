@@ -31,14 +31,24 @@ def fingerprint(*parts: Any) -> str:
     return h.hexdigest()[:16]
 
 
+def digest(path: str | Path) -> bytes:
+    """SHA-256 of a file's contents."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").digest()
+
+
+def combine(digests: Iterable[tuple[str | Path, bytes]]) -> str:
+    """Fingerprint of files by their names and `digest`s, in the order given."""
+    h = hashlib.sha256()
+    for path, found in digests:
+        h.update(Path(path).name.encode() + b"\0")
+        h.update(found)
+    return h.hexdigest()[:16]
+
+
 def hash_files(paths: Iterable[str | Path]) -> str:
     """Fingerprint of the files' names and contents, in the order given."""
-    h = hashlib.sha256()
-    for path in paths:
-        h.update(Path(path).name.encode() + b"\0")
-        with open(path, "rb") as f:
-            h.update(hashlib.file_digest(f, "sha256").digest())
-    return h.hexdigest()[:16]
+    return combine((path, digest(path)) for path in paths)
 
 
 class _Stored(Config):

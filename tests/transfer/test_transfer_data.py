@@ -195,6 +195,8 @@ def test_pickled_npy_is_refused(folder: Folder) -> None:
         ("folder:/nowhere", "no pictures in"),
         ("folder:/x,scal=2", "unknown option 'scal'"),
         ("folder:/x,scale=mm", "scale=0.001"),
+        ("folder:/x,scale=0", "must be above 0"),
+        ("folder:/x,ignore=sky", "ignore=0"),
         ("camvid:/nowhere", "classes.txt"),
         ("scenes:n=10,size=3", "size"),
     ],

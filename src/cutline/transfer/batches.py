@@ -1,4 +1,4 @@
-"""Training batches of pictures and dense targets: random scale, crop and flip, the same for both.
+"""Training batches of pictures and dense targets: random scale, crop and flip, the same for both; then colours.
 
 Batch k is a pure function of (seed, k): which samples, and how they are cut. So batches can be made ahead in threads,
 and a run can start again at any step. Pictures stay uint8 until they are on the device.
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from cutline.transfer.augment import COLOURS, CutDepth
 from cutline.transfer.data import Sample, Split
 
 
@@ -36,7 +37,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Cut:
-    """How pictures are cut: crop (H, W); scale: range of random enlargement; short: first make the short side this."""
+    """How pictures are cut: crop (H, W); scale: range of random enlargement; short: first make the short side this.
+
+    colour: "none" or a key of `augment.COLOURS`, after the crop; cutdepth: before it, of depth.
+    """
 
     crop: tuple[int, int]
     scale: tuple[float, float]
@@ -44,6 +48,13 @@ class Cut:
     short: int | None
     fill: tuple[int, int, int]  # colour around a picture smaller than the crop
     empty: int  # target there: no class, no reading
+    colour: str = "none"
+    cutdepth: CutDepth | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether pictures come at their own scale and in their own colours."""
+        return self.scale == (1.0, 1.0) and self.short is None and self.colour == "none" and self.cutdepth is None
 
 
 class Batches:
@@ -55,7 +66,7 @@ class Batches:
         self.split, self.rows, self.size, self.seed, self.cut = split, list(rows), size, seed, cut
         self.threads = threads or min(8, os.cpu_count() or 1)
         # Whether every batch is whole pictures, mirrored or not.
-        self.whole = cut.scale == (1.0, 1.0) and cut.short is None and {split.sizes[r] for r in rows} == {cut.crop}
+        self.whole = cut.plain and {split.sizes[r] for r in rows} == {cut.crop}
 
     def order(self, step: int) -> NDArray[np.int64]:
         """Places in the training set of batch `step`, (size,)."""
@@ -89,6 +100,8 @@ class Batches:
 
 def cut(sample: Sample, how: Cut, flip: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """One picture (3, h, w) uint8 and target (h, w) of `how.crop`, resized (pictures bilinear, targets nearest)."""
+    if how.cutdepth is not None:
+        sample = how.cutdepth(sample, rng)
     height, width = sample.image.shape[:2]
     factor = how.short / min(height, width) if how.short else 1.0
     if how.scale != (1.0, 1.0):
@@ -108,6 +121,8 @@ def cut(sample: Sample, how: Cut, flip: bool, rng: np.random.Generator) -> tuple
         target = F.interpolate(target[None, None].float(), out, mode="nearest-exact")[0, 0].to(target.dtype)
     if flip:
         image, target = image.flip(2), target.flip(1)
+    if how.colour != "none":
+        image = COLOURS[how.colour](image, rng)
     if out == how.crop:
         return image, target
     picture = torch.tensor(how.fill, dtype=torch.uint8)[:, None, None].repeat(1, *how.crop)

@@ -5,12 +5,12 @@ from pathlib import Path
 from cutline.errors import DataError
 from cutline.transfer import folder
 from cutline.transfer.data import DenseData, Task
+from cutline.transfer.files import serves
 
 
 def open(rest: str, task: Task) -> DenseData:
     """Open `camvid:PATH`: a folder of masks whose classes must be named."""
-    if task != "segment":
-        raise DataError(f"camvid: has class maps and no depth; it cannot serve {task}.")
+    serves("camvid", task, "segment")
     if not (Path(rest) / "classes.txt").is_file():
         raise DataError(f"camvid:{rest} needs the names of its classes, one a line, in {rest}/classes.txt.")
     data = folder.open(rest, task)

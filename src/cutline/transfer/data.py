@@ -1,6 +1,7 @@
 """Dense data: pictures with a class map or a depth map, read from a SPEC `kind:path[,option=value…]`.
 
-    camvid:PATH     {train,val}/{images,masks}, index PNG, classes.txt; the class "unlabelled" does not count
+    ade20k:PATH, cityscapes:PATH, voc:PATH, context:PATH, cocostuff:PATH, camvid:PATH     class maps
+    nyuv2:PATH, kitti:PATH                                                                depth
     folder:PATH[,ignore=0+255][,scale=0.001]      {train,val[,test]}/{images,masks|depth}, see `folder`
     scenes:n=1000,size=64,seed=1    the embedded world; train, val and test are different worlds, see `scenes`
 
@@ -27,7 +28,7 @@ from cutline.errors import DataError
 from cutline.progress import progress
 
 Task = Literal["segment", "depth"]
-KINDS = ("camvid", "folder", "scenes")
+KINDS = ("ade20k", "camvid", "cityscapes", "cocostuff", "context", "folder", "kitti", "nyuv2", "scenes", "voc")
 CACHE_BYTES = 4 << 30  # decoded pictures of one split kept in memory
 SKIP_SHARE = 0.1
 
@@ -129,7 +130,9 @@ class DenseData:
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
-            raise DataError(f"{self.spec} has no split {name!r}; it has {', '.join(self.splits)}.")
+            there = ", ".join(self.splits)
+            hint = " Say split=test to score it." if name == "val" and "test" in self.splits else ""
+            raise DataError(f"{self.spec} has no split {name!r}; it has {there}.{hint}")
         return self.splits[name]
 
 

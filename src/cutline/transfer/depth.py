@@ -22,6 +22,7 @@ from torch import Tensor
 from cutline.errors import DataError
 from cutline.record import Result
 from cutline.transfer import heads, pyramid
+from cutline.transfer.augment import CutDepth
 from cutline.transfer.data import DenseData, open_data
 from cutline.transfer.finetune import Prepared, encoder_of, finetune
 from cutline.transfer.metrics import DepthErrors
@@ -30,6 +31,9 @@ from cutline.transfer.options import DenseConfig, SplitName, default_channels, l
 from cutline.transfer.scoring import protocol, scored_rows, shown
 from cutline.transfer.store import save
 
+# From a median that is no number of metres to a likely one: millimetres, KITTI's PNG, kilometres.
+FACTORS = {"0.001": 0.001, "1/256": 1 / 256, "1000": 1000.0}
+
 
 class DepthConfig(DenseConfig):
     """Options of depth; the defaults suit a data set of hundreds of pictures.
@@ -37,11 +41,12 @@ class DepthConfig(DenseConfig):
     max_depth, min_depth: metres; readings outside do not count in training or test, and predictions are kept inside;
     max_depth by default the data's (12 for scenes), else 10. eval_crop: part of the picture that counts: "eigen"
     (NYUv2, 480x640) or "garg" (KITTI). deconvolutions, filters: of the deconv head; bins: of the linear head.
-    variance: λ of the loss.
+    variance: λ of the loss. cutdepth: share of the training pictures a strip of whose depth is pasted in (`CutDepth`).
 
     The MIM protocol (NYUv2; 2205.13543 and SwinTransformer/MIM-Depth-Estimation): head=deconv deconvolutions=3
     filters=32 channels=128 batch=24 steps=25 epochs lr=5e-4 weight_decay=0.05 layer_decay=0.9 drop_path=0.3 crop=480
-    max_depth=10 eval_crop=eigen test_flip=true schedule=poly power=0.9 (and warm-up over the first half). DINOv2's
+    max_depth=10 eval_crop=eigen test_flip=true schedule=poly power=0.9 (and warm-up over the first half)
+    cutdepth=0.25 colour=jitter; for KITTI crop=352 max_depth=80 eval_crop=garg. DINOv2's
     probe: head=linear frozen=true bins=256 lr=3e-4 weight_decay=1e-4 steps=38400 batch=16 crop=[416,544]
     test_flip=true.
     """
@@ -55,6 +60,7 @@ class DepthConfig(DenseConfig):
     filters: int = Field(32, ge=1)
     bins: int = Field(256, ge=2)
     variance: float = Field(0.5, ge=0, le=1)
+    cutdepth: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
     def _range(self) -> "DepthConfig":
@@ -119,7 +125,8 @@ def fit(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | No
 
     with seeded(config):
         model = DepthEstimator(start, prepared.config)
-        finetune(model, prepared, loss, 0, out)
+        paste = CutDepth(config.cutdepth, config.top) if config.cutdepth else None
+        finetune(model, prepared, loss, 0, out, paste)
     model.labels, model.skipped = len(prepared.rows), prepared.skipped
     return model
 
@@ -132,9 +139,10 @@ def check_readings(prepared: Prepared[DepthConfig], spec: str) -> None:
     readings = np.concatenate([t[t > 0] for t in (prepared.split.read(r).target for r in prepared.rows[:16])])
     low, high, median = prepared.config.min_depth, prepared.config.top, float(np.median(readings))
     hint = f"The median is {median:.4g} m."
-    factor = next((f for f in (0.001, 1000.0, 0.01) if 0.3 <= median * f <= 50), None)
-    if factor is not None and not 0.1 <= median <= 100:
-        hint += f" With the scale multiplied by {factor:g} it would be {median * factor:.3g} m."
+    likely = [name for name, f in FACTORS.items() if 0.3 <= median * f <= 50]
+    if likely and not 0.1 <= median <= 100:
+        would = ", ".join(f"by {name} it would be {median * FACTORS[name]:.3g} m" for name in likely)
+        hint += f" With the scale multiplied {would}."
     if not ((readings > low) & (readings <= high)).any():
         raise DataError(f"{spec} has no reading between {low} and {high} m. {hint} Set max_depth or the data's scale.")
     if not 0.1 <= median <= 100:

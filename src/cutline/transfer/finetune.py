@@ -21,6 +21,7 @@ from cutline.towers.encoder import Encoder
 from cutline.towers.store import load_encoder
 from cutline.train.device import device_of
 from cutline.train.optim import param_groups, schedule, set_lr
+from cutline.transfer.augment import CutDepth
 from cutline.transfer.batches import Batch, Batches, Cut
 from cutline.transfer.data import DenseData, labelled
 from cutline.transfer.model import Dense
@@ -80,10 +81,12 @@ def encoder_of(source: Any, config: DenseConfig) -> Encoder:
         return source if isinstance(source, Encoder) else load_encoder(source)
 
 
-def finetune(model: Dense, prepared: Prepared[Any], loss: Loss, empty: int, out: Path | None) -> None:
+def finetune(
+    model: Dense, prepared: Prepared[Any], loss: Loss, empty: int, out: Path | None, cutdepth: CutDepth | None = None
+) -> None:
     """Train `model` in place by `prepared.config` and leave it in eval mode.
 
-    empty: target outside of a picture. Writes `metrics.jsonl` into `out`. Raises `TrainingError` after `NONFINITE`
+    empty: target outside of a picture; cutdepth: of depth. Writes `metrics.jsonl` into `out`. Raises `TrainingError` after `NONFINITE`
     losses in a row that are not finite; single ones are skipped and logged.
     """
     config: DenseConfig = prepared.config
@@ -93,7 +96,16 @@ def finetune(model: Dense, prepared: Prepared[Any], loss: Loss, empty: int, out:
     if regular:
         model.encoder.set_drop_path(config.drop_path)
     red, green, blue = (round(255 * m) for m in model.encoder.mean)
-    cut = Cut(prepared.crop, config.scale, config.flip, config.short, (red, green, blue), empty)
+    cut = Cut(
+        prepared.crop,
+        config.scale,
+        config.flip,
+        config.short,
+        (red, green, blue),
+        empty,
+        config.colour,
+        cutdepth,
+    )
     batches = Batches(prepared.split, prepared.rows, config.batch, config.seed, cut)
     cache = _frozen_features(model, batches, config) if config.frozen and batches.whole else None
     groups = param_groups(model, config.lr, config.weight_decay, config.layer_decay, model.layer_of, model.num_layers)
@@ -104,8 +116,9 @@ def finetune(model: Dense, prepared: Prepared[Any], loss: Loss, empty: int, out:
             lr = config.lr * schedule(step, prepared.steps, prepared.warmup, config.schedule, config.power)
             set_lr(optimiser, lr)
             with cast():
-                output = _output(model, batch, cache, device)
-            value = loss(output.float(), batch.targets.to(device, non_blocking=True))
+                outputs = _outputs(model, batch, cache, device)
+            targets = batch.targets.to(device, non_blocking=True)
+            value = torch.stack([weight * loss(output.float(), targets) for weight, output in outputs]).sum()
             number = value.item()
             if guard.refuses(number, step, batch):
                 log(step, skipped="the loss is not finite")
@@ -123,12 +136,14 @@ def finetune(model: Dense, prepared: Prepared[Any], loss: Loss, empty: int, out:
     model.eval()
 
 
-def _output(model: Dense, batch: Batch, cache: list[Tensor] | None, device: torch.device) -> Tensor:
+def _outputs(
+    model: Dense, batch: Batch, cache: list[Tensor] | None, device: torch.device
+) -> list[tuple[float, Tensor]]:
     if cache is None:
-        output: Tensor = model(model.normalise(batch.images.to(device, non_blocking=True)))
-        return output
-    maps = [m[batch.flips.long().to(device), batch.rows.to(device)] for m in cache]
-    return model.decode(maps, (batch.images.shape[2], batch.images.shape[3]))
+        maps = model.features(model.normalise(batch.images.to(device, non_blocking=True)))
+    else:
+        maps = [m[batch.flips.long().to(device), batch.rows.to(device)] for m in cache]
+    return model.outputs(maps, (batch.images.shape[2], batch.images.shape[3]))
 
 
 @torch.no_grad()

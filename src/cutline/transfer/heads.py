@@ -33,6 +33,28 @@ class UPerHead(nn.Module):
         return out
 
 
+class FCNHead(nn.Module):
+    """The auxiliary head of mmsegmentation's recipes (FCN, 1411.4038): 3x3-BN-ReLU, dropout, 1x1 on one level.
+
+    level: 2, the third, of stride 16; channels: 256.
+    """
+
+    def __init__(self, widths: Sequence[int], classes: int, level: int = 2, channels: int = 256) -> None:
+        super().__init__()
+        self.level = level
+        self.body = nn.Sequential(
+            nn.Conv2d(widths[level], channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(channels, classes, 1),
+        )
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        out: Tensor = self.body(levels[self.level])
+        return out
+
+
 class FPNHead(nn.Module):
     """Semantic FPN (1901.02446), the head of the mobile protocol.
 

@@ -36,6 +36,8 @@ class Dense(nn.Module):
         self.source: str = encoder.name
         self.source_hash: str = encoder.hash  # of the encoder it began with
         self.labels = self.skipped = 0  # training pictures used, and those that could not be
+        self.auxiliary: nn.Module | None = None  # a second head that only training sees, and the weight of its loss
+        self.auxiliary_weight = 0.0
         self.train()
 
     def train(self, mode: bool = True) -> "Dense":
@@ -67,7 +69,18 @@ class Dense(nn.Module):
 
     def decode(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Output (B, C, *size) from `features` of pictures of that size."""
-        out = self.head(self.pyramid(maps)).float().contiguous(memory_format=torch.channels_last)
+        return self._enlarge(self.head(self.pyramid(maps)), size)
+
+    def outputs(self, maps: Sequence[Tensor], size: tuple[int, int]) -> list[tuple[float, Tensor]]:
+        """What training learns from, each with its weight in the loss: `decode`'s output and the auxiliary head's."""
+        levels = self.pyramid(maps)
+        found = [(1.0, self._enlarge(self.head(levels), size))]
+        if self.auxiliary is not None:
+            found.append((self.auxiliary_weight, self._enlarge(self.auxiliary(levels), size)))
+        return found
+
+    def _enlarge(self, out: Tensor, size: tuple[int, int]) -> Tensor:
+        out = out.float().contiguous(memory_format=torch.channels_last)
         padded = self._padded(*size)
         out = F.interpolate(out, padded, mode="bilinear", align_corners=False)
         return out if padded == size else out[:, :, : size[0], : size[1]]  # a cut costs a copy in the backward pass
@@ -84,8 +97,10 @@ class Dense(nn.Module):
 class Look:
     """How a model looks at pictures when scored or used: whole or in sliding windows, resized, and mirrored too.
 
-    short: first resize to this short side; window and stride: of test="slide", in pixels; autocast: a context for the
-    model's arithmetic. Calling it with a model and equal-sized pictures gives outputs at their own resolution.
+    short: first resize to this short side; window and stride: of test="slide", in pixels; scales: look at the picture
+    enlarged by each; probabilities: several looks are averaged as softmax(logits), as in mmsegmentation, and not as
+    they are; autocast: a context for the model's arithmetic. Calling it with a model and equal-sized pictures gives
+    outputs at their own resolution: the model's own from one look, the mean from several.
     """
 
     def __init__(
@@ -96,30 +111,35 @@ class Look:
         short: int | None = None,
         flip: bool = False,
         autocast: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        scales: Sequence[float] = (1.0,),
+        probabilities: bool = False,
     ) -> None:
-        self.test, self.window, self.stride, self.short, self.flip, self.autocast = (
-            test,
-            window,
-            stride,
-            short,
-            flip,
-            autocast,
-        )
+        self.test, self.window, self.stride, self.short, self.flip = test, window, stride, short, flip
+        self.autocast, self.scales, self.probabilities = autocast, scales, probabilities
 
     @torch.inference_mode()
     def __call__(self, model: Dense, images: Tensor) -> Tensor:
         """uint8 (B, 3, H, W) on any device to float32 (B, C, H, W) on the model's; the model must be in eval mode."""
         size = (images.shape[2], images.shape[3])
-        if self.short:
-            factor = self.short / min(size)
-            smaller = (round(size[0] * factor), round(size[1] * factor))
-            images = torch.stack([resize_image(i, smaller) for i in images])
-        x = model.normalise(images.to(next(model.parameters()).device))
-        with self.autocast():
-            out = self._once(model, x)
-            if self.flip:
-                out = (out + self._once(model, x.flip(3)).flip(3)) / 2
-        return out if out.shape[2:] == size else F.interpolate(out, size, mode="bilinear", align_corners=False)
+        looks = [(scale, mirrored) for scale in self.scales for mirrored in ((False, True) if self.flip else (False,))]
+        total: Tensor | None = None
+        for scale, mirrored in looks:
+            x = model.normalise(self._resized(images, scale).to(next(model.parameters()).device))
+            with self.autocast():
+                out = self._once(model, x.flip(3)).flip(3) if mirrored else self._once(model, x)
+            if out.shape[2:] != size:
+                out = F.interpolate(out, size, mode="bilinear", align_corners=False)
+            if self.probabilities and len(looks) > 1:
+                out = out.softmax(1)
+            total = out if total is None else total + out
+        assert total is not None
+        return total / len(looks) if len(looks) > 1 else total
+
+    def _resized(self, images: Tensor, scale: float) -> Tensor:
+        height, width = images.shape[2:]
+        factor = scale * (self.short / min(height, width) if self.short else 1.0)
+        smaller = (max(1, round(height * factor)), max(1, round(width * factor)))
+        return images if smaller == (height, width) else torch.stack([resize_image(i, smaller) for i in images])
 
     def _once(self, model: Dense, x: Tensor) -> Tensor:
         if self.test == "whole":

@@ -1,6 +1,6 @@
 """The config that segmentation and depth share, and what follows from it: device, precision, seeds."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
@@ -22,7 +22,8 @@ class DenseConfig(Config):
     steps: default 20 passes over them, at least 400 and at most 160,000 (mmsegmentation's ADE20K). lr: peak, of the
     head; layer k of the encoder gets lr · layer_decay^(layers + 1 - k). warmup: steps. crop: default the whole picture
     when all have one size of at most 512 px, else a square of the smallest short side, at most 512. short: first
-    resize the short side to this many pixels, in training and in test. test: "whole" pictures, or "slide" with windows
+    resize the short side to this many pixels, in training and in test. colour: "photometric" (mmsegmentation's) or
+    "jitter" (of the MIM depth protocol), see `augment`. test: "whole" pictures, or "slide" with windows
     of `crop` every `stride` pixels (default half the crop). test_flip: average with the mirror image. split, pictures:
     what is scored, and how many at most. channels: width of the head, default by the encoder's width;
     pyramid_channels: of the ViTDet pyramid (256 in the paper). precision: "auto" is bf16 autocast on CUDA and float32
@@ -48,6 +49,7 @@ class DenseConfig(Config):
     scale: tuple[float, float] = (1.0, 1.0)
     short: int | None = Field(None, ge=16)
     flip: bool = True
+    colour: Literal["none", "photometric", "jitter"] = "none"
     test: Literal["whole", "slide"] = "whole"
     stride: int | None = Field(None, ge=1)
     test_flip: bool = False
@@ -110,10 +112,10 @@ def seeded(config: DenseConfig) -> Iterator[None]:
         yield
 
 
-def look(config: DenseConfig) -> Look:
-    """How the config says pictures are looked at in test."""
+def look(config: DenseConfig, scales: Sequence[float] = (1.0,), probabilities: bool = False) -> Look:
+    """How the config says pictures are looked at in test; scales and probabilities as in `Look`."""
     window = config.crop or (512, 512)
     stride = (config.stride, config.stride) if config.stride else (window[0] // 2, window[1] // 2)
     if min(window[k] - stride[k] for k in (0, 1)) < 0:
         raise ConfigError(f"stride={config.stride} is larger than the window of {window}: pixels would be left out.")
-    return Look(config.test, window, stride, config.short, config.test_flip, autocast(config))
+    return Look(config.test, window, stride, config.short, config.test_flip, autocast(config), scales, probabilities)

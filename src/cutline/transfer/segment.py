@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -24,7 +25,7 @@ from cutline.transfer import heads, pyramid
 from cutline.transfer.data import DenseData, open_data
 from cutline.transfer.finetune import Prepared, encoder_of, finetune
 from cutline.transfer.metrics import IGNORE, Confusion
-from cutline.transfer.model import Dense, by_shape
+from cutline.transfer.model import Dense, Look, by_shape
 from cutline.transfer.options import DenseConfig, SplitName, default_channels, look, seeded
 from cutline.transfer.scoring import protocol, scored_rows, shown
 from cutline.transfer.store import save
@@ -33,15 +34,34 @@ from cutline.transfer.store import save
 class SegmentConfig(DenseConfig):
     """Options of segmentation; the defaults suit a data set of hundreds of pictures.
 
+    aux: weight of the loss of an auxiliary FCN head beside UPerNet (0.4 in mmsegmentation's recipes). test_scales: look
+    at every picture at each of these scales of its (or of `short`'s) size; with them, or with test_flip, the class
+    probabilities of all looks are averaged, as mmsegmentation does ([0.5, 0.75, 1, 1.25, 1.5, 1.75] and flip there).
+
     The paper's protocol (ADE20K; 2407.06723 appendix E.5, which copies 2405.08911; layer decay and drop path from
     mmsegmentation's mae-base_upernet): head=upernet channels=512 crop=512 scale=[0.5,2] steps=160000 batch=16
     warmup=1500 weight_decay=0.01 layer_decay=0.65 drop_path=0.1 short=512, lr the best of 5e-4, 2e-4, 1e-4, 7e-5,
-    5e-5. The mobile protocol (PoolFormer's, FastViT's): head=fpn channels=256 steps=40000 batch=32 lr=2e-4
+    5e-5; and aux=0.4 colour=photometric, which every UPerNet recipe of mmsegmentation has. The mobile protocol (PoolFormer's, FastViT's): head=fpn channels=256 steps=40000 batch=32 lr=2e-4
     weight_decay=1e-4 power=0.9 layer_decay=1.
     """
 
     head: Literal["upernet", "fpn", "linear"] = "upernet"
     scale: tuple[float, float] = (0.5, 2.0)
+    aux: float = Field(0.0, ge=0)
+    test_scales: tuple[float, ...] = Field((1.0,), min_length=1)
+
+    @field_validator("test_scales")
+    @classmethod
+    def _enlargements(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if min(value) <= 0:
+            raise ValueError("factors above 0, such as [0.5,1,1.5]")
+        return value
+
+    @model_validator(mode="after")
+    def _auxiliary(self) -> "SegmentConfig":
+        if self.aux and self.head != "upernet":
+            raise ValueError(f"aux={self.aux} is an auxiliary head beside head=upernet, not {self.head}: leave it out")
+        return self
 
 
 class Segmenter(Dense):
@@ -61,12 +81,19 @@ class Segmenter(Dense):
             kind = heads.UPerHead if config.head == "upernet" else heads.FPNHead
             head = kind(levels.channels, channels, len(classes))
         super().__init__(encoder, levels, head, config.frozen)
+        if config.aux:
+            self.auxiliary = heads.FCNHead(levels.channels, len(classes)).to(memory_format=torch.channels_last)
+            self.auxiliary_weight = config.aux
         self.config, self.classes = config, list(classes)
+
+    def look(self) -> Look:
+        """How the config says pictures are looked at in test."""
+        return look(self.config, self.config.test_scales, probabilities=True)
 
     def predict(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[NDArray[np.int64]]:
         """Class ids (H, W) of each uint8 (H, W, 3) picture, looked at as the config says."""
         self.eval()
-        view, found = look(self.config), []
+        view, found = self.look(), []
         for batch, _ in by_shape(((i, None) for i in images), self.config.batch):
             found += list(view(self, batch).argmax(1).cpu().numpy())
         return found
@@ -101,7 +128,7 @@ def score(model: Segmenter, data: str | DenseData, split: SplitName | None = Non
     if opened.classes != model.classes:
         raise DataError(f"{opened.spec} has other classes than the model was trained on ({', '.join(model.classes)}).")
     part, rows, skipped = scored_rows(config, opened)
-    device, view, confusion = next(model.parameters()).device, look(config), Confusion(len(model.classes))
+    device, view, confusion = next(model.parameters()).device, model.look(), Confusion(len(model.classes))
     model.eval()
     samples = (part.read(r) for r in rows)
     for images, targets in by_shape(((s.image, s.target) for s in samples), config.batch):
