@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from cutline.transfer.data import Sample, Split
 
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
+THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass
@@ -59,7 +61,7 @@ class Batches:
         self, split: Split, rows: Sequence[int], size: int, seed: int, cut: Cut, threads: int | None = None
     ) -> None:
         self.split, self.rows, self.size, self.seed, self.flip = split, list(rows), size, seed, cut.flip
-        self.threads = threads or min(8, os.cpu_count() or 1)
+        self.threads = threads or THREADS
         self.how = cut
         self.whole = cut.scale == (1.0, 1.0) and cut.short is None and {split.sizes[r] for r in rows} == {cut.crop}
 

@@ -163,9 +163,7 @@ def open_data(spec: str | DenseData, task: Task) -> DenseData:
     return data
 
 
-def labelled(
-    count: int, labels: int | float | None, seed: int, classes: NDArray[np.int64] | None = None
-) -> list[int]:
+def labelled(count: int, labels: int | float | None, seed: int, classes: NDArray[np.int64] | None = None) -> list[int]:
     """The rows whose labels are used: the first of a permutation of `count` by `seed`, so that subsets are nested.
 
     labels: a number of pictures, a share below 1, or None for all. Every arm with the same seed gets the same rows.

@@ -47,7 +47,7 @@ def _pictures(root: Path, classes: list[str], folders: list[str]) -> Pictures:
         )
     index = {name: classes.index(name) for name in folders}
     found = make_dataset(str(root), index, EXTENSIONS, allow_empty=True) if index else []
-    empty = sorted(set(folders) - {folders_of(p, root) for p, _ in found})
+    empty = sorted(set(folders) - {Path(p).relative_to(root).parts[0] for p, _ in found})
     if empty:
         message = f"{root} has no picture (.jpg, .png, .webp, …) in the class folder {', '.join(map(repr, empty[:5]))}"
         if root.name == "train":
@@ -56,11 +56,6 @@ def _pictures(root: Path, classes: list[str], folders: list[str]) -> Pictures:
     paths = [Path(p) for p, _ in found]
     keys = [p.relative_to(root).as_posix() for p in paths]
     return Pictures(keys, np.array([c for _, c in found], np.int64), lambda row: _read(paths[row]), _marks(paths))
-
-
-def folders_of(path: str, root: Path) -> str:
-    """The class folder of a picture below a part's folder."""
-    return Path(path).relative_to(root).parts[0]
 
 
 def _read(path: Path) -> bytes:

@@ -38,8 +38,9 @@ def open(rest: str, task: Task) -> DenseData:
         have = ", ".join(map(repr, sorted(set(of))[:5]))
         raise DataError(f"{spec}: no row is of train; {split!r} holds {have}, and should hold train, val and test.")
     trained = {labels[i] for i in rows["train"]} - {None}
-    every = sorted(set(labels) - {None}, key=lambda v: (v not in trained, v))
-    kept = [v for v in every if v in trained] + [v for v in every if v not in trained]
+    kept = sorted(
+        set(labels) - {None}, key=lambda v: (v not in trained, v)
+    )  # the trained first, should more be refused
     whole = _pictures(table, values["key"].to_pylist(), labels, label, kept)
     parts = {name: whole.take(found) for name, found in rows.items() if found}
     notes = {"label": label, **({"split": split} if split else {})}

@@ -75,7 +75,7 @@ class NeighbourProbe(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         queries = F.normalize(features[0].float(), dim=1)
-        return torch.cat([self._votes(part) for part in queries.split(CHUNK)]).log()
+        return torch.cat([self._votes(part) for part in torch.split(queries, CHUNK)]).log()
 
     def _votes(self, queries: Tensor) -> Tensor:
         similarity, nearest = (queries @ self.bank.T).topk(min(self.k, len(self.bank)), dim=1)

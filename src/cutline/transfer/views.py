@@ -78,6 +78,6 @@ class Views(Batches):
         return self.square(self.split.read(row).image)
 
 
-def stack_views(images: Sequence[NDArray[np.uint8]], square: Square) -> Tensor:
+def stack_views(images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8], square: Square) -> Tensor:
     """The test views of pictures, (B, 3, size, size) uint8."""
     return stack_images([square(image) for image in images])

@@ -40,12 +40,10 @@ def open(rest: str, task: Task) -> DenseData:
     if "train" not in rows:
         raise DataError(f"{spec}: there is no folder {root / 'train'}. {LAYOUT}.")
     names = _names(root)
-    ids = [_id(row.cls) for row in rows["train"]]
-    count = len(names) if names is not None else max(ids, default=-1) + 1
-    parts = {name: _pictures(found, names, root) for name, found in rows.items()}
+    parts = {name: _pictures(found, names) for name, found in rows.items()}
     if names is None:
-        count = max(count, *(int(p.labels.max(initial=-1)) + 1 for p in parts.values()))
-    return class_data(spec, parts, names if names is not None else [str(i) for i in range(count)], share, {})
+        names = [str(i) for i in range(max(int(p.labels.max(initial=-1)) for p in parts.values()) + 1)]
+    return class_data(spec, parts, names, share, {})
 
 
 def _names(root: Path) -> list[str] | None:
@@ -65,7 +63,9 @@ def _rows(folder: Path) -> list[Row]:
     for part, tar in enumerate(tars):
         for sample in feed.samples(part, wanted, report):
             key = f"{folder.name}/{tar.stem}/{sample.key}"
-            rows.append(Row(key, None, None) if isinstance(sample, Missing) else Row(key, sample.picture, sample.values[0]))
+            rows.append(
+                Row(key, None, None) if isinstance(sample, Missing) else Row(key, sample.picture, sample.values[0])
+            )
     if report.skipped:
         print(f"{folder}: {report.reasons()}.", file=sys.stderr)
     return rows
@@ -79,7 +79,7 @@ def _id(cls: bytes | None) -> int:
         return -1
 
 
-def _pictures(rows: list[Row], names: list[str] | None, root: Path) -> Pictures:
+def _pictures(rows: list[Row], names: list[str] | None) -> Pictures:
     labels, problems = np.full(len(rows), -1, np.int64), dict[int, Skip]()
     for i, row in enumerate(rows):
         label = _id(row.cls)
