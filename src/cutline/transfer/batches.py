@@ -52,10 +52,7 @@ class Cut:
 
 
 class Batches:
-    """Batches of `size` from `rows` of `split`, for ever, by epochs without repetition.
-
-    whole: whether every batch is `pictures`, mirrored or not.
-    """
+    """Batches of `size` from `rows` of `split`, for ever, by epochs without repetition."""
 
     def __init__(
         self, split: Split, rows: Sequence[int], size: int, seed: int, cut: Cut, threads: int | None = None
@@ -63,7 +60,13 @@ class Batches:
         self.split, self.rows, self.size, self.seed, self.flip = split, list(rows), size, seed, cut.flip
         self.threads = threads or THREADS
         self.how = cut
-        self.whole = cut.scale == (1.0, 1.0) and cut.short is None and {split.sizes[r] for r in rows} == {cut.crop}
+
+    @property
+    def whole(self) -> bool:
+        """Whether every batch is `pictures`, mirrored or not."""
+        how = self.how
+        sizes = {self.split.sizes[r] for r in self.rows}
+        return how.scale == (1.0, 1.0) and how.short is None and sizes == {how.crop}
 
     def view(self, sample: Sample, flip: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A picture (3, H, W) uint8 and its target as one batch shows them."""

@@ -129,7 +129,7 @@ def _split(name: str, part: Pictures) -> Split:
         try:
             image = decode(part.read(row))
         except BadPicture as e:
-            raise Skip(f"picture {e.reason}", f"{part.keys[row]}: {e}") from e
+            raise Skip("picture broken", f"{part.keys[row]}: {e}") from e
         return Sample(part.keys[row], image, np.array(part.labels[row]))
 
     return Split(name, part.keys, read, part.labels)

@@ -61,7 +61,10 @@ class Views(Batches):
         super().__init__(split, rows, batch, seed, Cut(size, scale, flip, None, (0, 0, 0), 0))
         self.square = square
         self.augment = Augment(scale=scale, operations=operations, magnitude=magnitude)
-        self.whole = scale == WHOLE and not operations
+
+    @property
+    def whole(self) -> bool:
+        return self.augment.scale == WHOLE and not self.augment.operations
 
     def view(self, sample: Sample, flip: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         size, image, augment = self.square.size, sample.image, self.augment
