@@ -162,7 +162,7 @@ def test_layer_decay_reaches_the_encoder_and_not_the_head(folders: Make, encoder
 
     config = ClassifyConfig(size=32, short=32)
     model = Classifier(encoder, config, ["a", "b"])
-    groups = param_groups(model, config.lr, 0.05, config.layer_decay, model.layer_of, model.num_layers)
+    groups = param_groups(model, 6e-4, 0.05, config.layer_decay, model.layer_of, model.num_layers)
     rate = {name: group["lr"] for group in groups for name in group["names"]}
     assert rate["head.classifier.weight"] == pytest.approx(6e-4)
     assert rate["encoder.visual.transformer.resblocks.1.mlp.c_fc.weight"] == pytest.approx(6e-4 * 0.6)
@@ -273,10 +273,13 @@ def test_a_random_crop_keeps_its_share_of_the_picture() -> None:
     """A ramp of columns tells the width of the crop, and of rows its height."""
     rows, columns = np.mgrid[0:200, 0:200]
     sample = Sample("0", np.stack([rows, columns, rows], 2).astype(np.uint8), np.array(0))
-    cutter, rng = views(scale=(0.2, 0.5)), np.random.default_rng(0)
+    cutter, rng = (
+        Views(Split("train", ["0"], lambda i: sample), [0], 1, 0, Square(32, 32), (0.2, 0.5)),
+        np.random.default_rng(0),
+    )
     shares = []
     for _ in range(60):
-        view = cutter.view(sample, False, rng)[0].float()
+        view = cutter.view(0, False, rng)[0].float()
         height, width = ((v.max() - v.min()) * 32 / 31 for v in (view[0].mean(1), view[1].mean(0)))
         shares.append(float(height * width) / 200**2)
     assert 0.17 < min(shares) < 0.26

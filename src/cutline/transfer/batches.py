@@ -60,6 +60,7 @@ class Batches:
         self.split, self.rows, self.size, self.seed, self.flip = split, list(rows), size, seed, cut.flip
         self.threads = threads or THREADS
         self.how = cut
+        self.targets_only = False  # whether pictures may be left out, as for features computed before
 
     @property
     def whole(self) -> bool:
@@ -68,9 +69,9 @@ class Batches:
         sizes = {self.split.sizes[r] for r in self.rows}
         return how.scale == (1.0, 1.0) and how.short is None and sizes == {how.crop}
 
-    def view(self, sample: Sample, flip: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def view(self, row: int, flip: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A picture (3, H, W) uint8 and its target as one batch shows them."""
-        return cut(sample, self.how, flip, rng)
+        return cut(self.split.read(row), self.how, flip, rng)
 
     def picture(self, row: int) -> NDArray[np.uint8]:
         """A picture (H, W, 3) as it is when nothing is drawn."""
@@ -87,10 +88,12 @@ class Batches:
         rng = np.random.default_rng([self.seed, 2, step])
         order = self.order(step)
         flips = rng.random(self.size) < 0.5 if self.flip else np.zeros(self.size, bool)
-        samples = [self.split.read(self.rows[i]) for i in order]
-        pairs = [self.view(s, bool(f), rng) for s, f in zip(samples, flips)]
-        images, targets = (torch.stack(part) for part in zip(*pairs))
-        return Batch(images, targets, [s.key for s in samples], torch.from_numpy(order), torch.from_numpy(flips))
+        rows = [self.rows[i] for i in order]
+        images, targets = (
+            torch.stack(part) for part in zip(*(self.view(r, bool(f), rng) for r, f in zip(rows, flips)))
+        )
+        keys = [self.split.keys[r] for r in rows]
+        return Batch(images, targets, keys, torch.from_numpy(order), torch.from_numpy(flips))
 
     def pictures(self, rows: Sequence[int]) -> Tensor:
         """Pictures of equal size, (len(rows), 3, H, W) uint8."""

@@ -35,6 +35,7 @@ from cutline.transfer.scoring import protocol, scored_rows, shown
 from cutline.transfer.views import WHOLE, Square, Views, stack_views
 
 CUT = (0.35, 1.0)  # share of the area that a random crop keeps, when fine-tuning and not given
+LR, LR_FROZEN = 6e-4, 3e-3
 SHOWN = 12  # pictures in samples.png
 TRAINING = (
     "steps", "lr", "weight_decay", "layer_decay", "drop_path", "warmup", "schedule", "power", "clip", "flip", "scale",
@@ -50,7 +51,7 @@ class ClassifyConfig(TransferConfig):
     encoder; or "knn", which trains nothing (`probes`). size: side of the pictures, default the encoder's own; short:
     short side before the central cut in test, default `size`. scale: range of the area that random crops keep in
     training, default [0.35, 1], and [1, 1] (the test view, mirrored or not) when frozen, whose features are then
-    computed once. operations, magnitude: of RandAugment. smoothing: of labels. k, temperature: of knn.
+    computed once. lr: default 6e-4, and 3e-3 when frozen. operations, magnitude: of RandAugment. smoothing: of labels. k, temperature: of knn.
 
     FT-CLIP, ImageNet (2212.06138; LightDXY/FT-CLIP, CLIP_B16): batch=2048 lr=6e-4 layer_decay=0.6 drop_path=0
     weight_decay=0.05 schedule=cosine, 50 epochs, 10 of them warm-up, scale=[0.08,1] operations=2 smoothing=0.1; it also
@@ -61,7 +62,6 @@ class ClassifyConfig(TransferConfig):
 
     head: Literal["linear", "attentive", "knn"] = "linear"
     batch: int = Field(64, ge=2)
-    lr: float = Field(6e-4, gt=0)
     layer_decay: float = Field(0.6, gt=0, le=1)
     drop_path: float = Field(0.0, ge=0, lt=1)
     schedule: Literal["poly", "cosine", "constant"] = "cosine"
@@ -181,6 +181,7 @@ def _filled(config: ClassifyConfig, size: int) -> ClassifyConfig:
     known: dict[str, Any] = {"size": size, "short": short, "frozen": config.frozen or config.head == "knn"}
     if config.head != "knn":
         known["scale"] = config.scale or (WHOLE if config.frozen else CUT)
+        known["lr"] = config.lr or (LR_FROZEN if config.frozen else LR)
     return config.model_copy(update=known)
 
 

@@ -99,6 +99,7 @@ def finetune(model: Transferred, prepared: Prepared[Any], batches: Batches, loss
     single ones are skipped and logged.
     """
     config: TransferConfig = prepared.config
+    assert config.lr is not None
     device, cast = device_of(config.device), autocast(config)
     model.to(device).train()
     regular = config.drop_path > 0 and not config.frozen
@@ -106,6 +107,7 @@ def finetune(model: Transferred, prepared: Prepared[Any], batches: Batches, loss
         model.encoder.set_drop_path(config.drop_path)
     kept = config.frozen and batches.whole
     cache = still_features(model, batches, config, config.flip, CACHE_BYTES) if kept else None
+    batches.targets_only = cache is not None
     groups = param_groups(model, config.lr, config.weight_decay, config.layer_decay, model.layer_of, model.num_layers)
     optimiser, guard = torch.optim.AdamW(groups, fused=True), _Guard(config)
     label = "training the head" if config.frozen else "fine-tuning"
@@ -114,7 +116,7 @@ def finetune(model: Transferred, prepared: Prepared[Any], batches: Batches, loss
             lr = config.lr * schedule(step, prepared.steps, prepared.warmup, config.schedule, config.power)
             set_lr(optimiser, lr)
             with cast():
-                output = _output(model, batch, cache, device)
+                output = _output(model, batch, cache, batches.how.crop)
             value = loss(output.float(), batch.targets.to(device, non_blocking=True))
             number = value.item()
             if guard.refuses(number, step, batch):
@@ -133,12 +135,13 @@ def finetune(model: Transferred, prepared: Prepared[Any], batches: Batches, loss
     model.eval()
 
 
-def _output(model: Transferred, batch: Batch, cache: list[Tensor] | None, device: torch.device) -> Tensor:
+def _output(model: Transferred, batch: Batch, cache: list[Tensor] | None, size: tuple[int, int]) -> Tensor:
+    device = next(model.parameters()).device
     if cache is None:
         output: Tensor = model(model.normalise(batch.images.to(device, non_blocking=True)))
         return output
     maps = [m[batch.flips.long().to(device), batch.rows.to(device)] for m in cache]
-    return model.decode(maps, (batch.images.shape[2], batch.images.shape[3]))
+    return model.decode(maps, size)
 
 
 @torch.no_grad()

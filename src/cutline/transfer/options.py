@@ -28,7 +28,7 @@ class TransferConfig(Config):
     labels: int | float | None = None
     steps: int | None = Field(None, ge=1)
     batch: int = Field(16, ge=2)
-    lr: float = Field(5e-4, gt=0)
+    lr: float | None = Field(None, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     layer_decay: float = Field(0.65, gt=0, le=1)
     drop_path: float = Field(0.1, ge=0, lt=1)
@@ -61,6 +61,7 @@ class DenseConfig(TransferConfig):
     pyramid (256 in the paper).
     """
 
+    lr: float = Field(5e-4, gt=0)
     pyramid: Literal["vitdet", "taps"] = "vitdet"
     channels: int | None = Field(None, ge=1)
     pyramid_channels: int | None = Field(None, ge=1)

@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 from cutline.train.stream.randaugment import draw_operations
 from cutline.train.stream.transforms import Augment, Augmentation
 from cutline.transfer.batches import Batches, Cut, stack_images
-from cutline.transfer.data import Sample, Split
+from cutline.transfer.data import Split
 
 WHOLE = (1.0, 1.0)  # a scale that cuts nothing
 
@@ -66,7 +66,10 @@ class Views(Batches):
     def whole(self) -> bool:
         return self.augment.scale == WHOLE and not self.augment.operations
 
-    def view(self, sample: Sample, flip: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def view(self, row: int, flip: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        if self.targets_only and self.split.labels is not None:
+            return torch.empty(0, dtype=torch.uint8), torch.tensor(self.split.labels[row])
+        sample = self.split.read(row)
         size, image, augment = self.square.size, sample.image, self.augment
         if augment.scale == WHOLE:
             image = self.square(image)
