@@ -1,8 +1,6 @@
-"""Classification: every head learns, its formulas hold, its data are read right, and what is wrong with them is told."""
+"""Classification: every head learns, its formulas hold, views are cut right, records are complete."""
 
-import io
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,17 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from classes_made import THINGS, pixels
 from hypothesis import given
 from hypothesis import strategies as st
-from pairs_made import write_tar
 from PIL import Image
 from processes import run_cutline
 from torchmetrics.functional.classification import multiclass_accuracy
 from torchvision.transforms import v2
 
 from cutline.config import load as load_config
-from cutline.errors import ConfigError, CutlineError, DataError
-from cutline.pairs import create_from_rows
+from cutline.errors import ConfigError, DataError
 from cutline.record import Result, check_comparable
 from cutline.transfer import finetune as loop
 from cutline.transfer.classify import Classifier, ClassifyConfig, classify, fit, score
@@ -30,80 +27,8 @@ from cutline.transfer.probes import AttentiveProbe, NeighbourProbe
 from cutline.transfer.store import load
 from cutline.transfer.views import Square, Views
 
-COLOURS = {"apple": (200, 30, 30), "leaf": (30, 180, 40), "sea": (30, 60, 200)}
 QUICK: dict[str, Any] = {"steps": 8, "batch": 6, "lr": 3e-3, "layer_decay": 1.0}
 Make = Callable[..., Path]
-
-
-def pixels(name: str, i: int, size: tuple[int, int] = (40, 32)) -> np.ndarray:
-    """A disc of the class's colour somewhere on grey."""
-    rng = np.random.default_rng([i, len(name)])
-    image = np.full((*size, 3), 120) + rng.integers(-20, 20, (*size, 3))
-    rows, columns = np.mgrid[: size[0], : size[1]]
-    centre = rng.integers(10, min(size) - 10, 2)
-    image[(rows - centre[0]) ** 2 + (columns - centre[1]) ** 2 < 90] = COLOURS[name]
-    return image.clip(0, 255).astype(np.uint8)
-
-
-def encoded(name: str, i: int, form: str = "JPEG") -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels(name, i)).save(buffer, form)
-    return buffer.getvalue()
-
-
-@pytest.fixture
-def folders(tmp_path: Path) -> Make:
-    """Writes {train,val}/CLASS/*.jpg of three classes; returns the root."""
-
-    def write(train: int = 4, val: int = 2, parts: tuple[str, ...] = ("train", "val")) -> Path:
-        for part in parts:
-            for name in COLOURS:
-                (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
-                for i in range(train if part == "train" else val):
-                    number = i + 100 * (part != "train")
-                    (tmp_path / part / name / f"{number}.jpg").write_bytes(encoded(name, number))
-        return tmp_path
-
-    return write
-
-
-@pytest.fixture
-def tars(tmp_path: Path) -> Make:
-    """Writes CLIP_benchmark's layout; `change(i, members)` changes a train sample's members."""
-
-    def write(change: Callable[[int, dict[str, bytes]], None] = lambda i, m: None, names: bool = True) -> Path:
-        for part, count in (("train", 24), ("test", 6)):
-            members = []
-            for i in range(count):
-                one = {"webp" if i % 2 else "jpg": encoded(list(COLOURS)[i % 3], i, "WEBP" if i % 2 else "JPEG")}
-                one["cls"] = str(i % 3).encode()
-                if part == "train":
-                    change(i, one)
-                members += [(f"s{i:07d}.{extension}", data) for extension, data in one.items()]
-            (tmp_path / part).mkdir(exist_ok=True)
-            half = 2 * (count // 4)
-            split = next(j for j, (name, _) in enumerate(members) if name.startswith(f"s{half:07d}"))
-            write_tar(tmp_path / part / "0.tar", members[:split])
-            write_tar(tmp_path / part / "1.tar", members[split:])
-            (tmp_path / part / "nshards.txt").write_text("2")
-        if names:
-            (tmp_path / "classnames.txt").write_text("\n".join(COLOURS))
-        return tmp_path
-
-    return write
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    """A table of pairs with classes as text and as numbers, a split, and a row without a class."""
-    rows = []
-    for i in range(60):
-        name = list(COLOURS)[i % 3]
-        part = "validation" if i % 5 == 4 else "train"
-        rows.append({"key": f"k{i}", "image": encoded(name, i), "alt": "x", "what": None if i == 7 else f" {name} ",
-                     "number": i % 3 * 10, "part": part, "score": i / 3})  # fmt: skip
-    create_from_rows(tmp_path / "t.lance", rows)
-    return tmp_path / "t.lance"
 
 
 # Learning
@@ -286,245 +211,6 @@ def test_a_random_crop_keeps_its_share_of_the_picture() -> None:
     assert 0.44 < max(shares) < 0.53
 
 
-# Label fractions
-
-
-@given(st.lists(st.integers(1, 30), min_size=2, max_size=6), st.integers(0, 99), st.data())
-def test_fractions_are_nested_and_hold_every_class_in_proportion(sizes: list[int], seed: int, data: Any) -> None:
-    classes = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(sizes)), sizes))
-    count, kinds = len(classes), len(sizes)
-    few = data.draw(st.integers(kinds, count))
-    many = data.draw(st.integers(few, count))
-    chosen = labelled(count, few, seed, classes)
-    assert set(chosen) <= set(labelled(count, many, seed, classes))
-    assert len(chosen) == few
-    own = np.bincount(classes[chosen], minlength=kinds)
-    assert own.min() >= 1
-    if few >= 0.6 * count and min(sizes) >= 2:  # the first of each class are then no more than their share
-        assert np.abs(own - few * np.array(sizes) / count).max() < 2
-
-
-def test_fewer_pictures_than_classes_are_refused(folders: Make, encoder: Any) -> None:
-    spec = f"imagefolder:{folders()}"
-    with pytest.raises(DataError, match=r"labels=0.1 is 1 of 12 pictures.* each of the 3 classes.*labels=3 or more"):
-        fit(encoder, spec, ClassifyConfig(**QUICK, labels=0.1))
-    assert fit(encoder, spec, ClassifyConfig(**QUICK, labels=0.25)).labels == 3
-
-
-# Kinds of data
-
-
-def test_a_folder_of_classes(folders: Make) -> None:
-    root = folders()
-    (root / "train" / ".cache").mkdir()
-    data = open_data(f"imagefolder:{root}", "classify")
-    assert data.classes == ["apple", "leaf", "sea"]
-    assert data.split("train").labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
-    sample = data.split("val").read(3)
-    assert (sample.key, int(sample.target)) == ("leaf/101.jpg", 1)
-    with Image.open(root / "val/leaf/101.jpg") as picture:
-        assert (sample.image == np.array(picture)).all()
-    before = data.fingerprint
-    assert open_data(f"imagefolder:{root}", "classify").fingerprint == before
-    (root / "val/leaf/101.jpg").write_bytes(encoded("leaf", 7))
-    assert open_data(f"imagefolder:{root}", "classify").fingerprint != before
-
-
-def test_webdataset_as_clip_benchmark_lays_it_out(tars: Make) -> None:
-    root = tars()
-    data = open_data(f"webdataset:{root}", "classify")
-    assert data.classes == list(COLOURS)
-    assert {k: len(s) for k, s in data.splits.items()} == {"train": 24, "test": 6}
-    train = data.split("train")
-    assert train.labels.tolist() == [i % 3 for i in range(24)]
-    for row in (0, 11, 12, 23):  # of both tars, both forms
-        with tarfile.open(root / f"train/{row // 12}.tar") as tar:
-            member = tar.extractfile(f"s{row:07d}.{'webp' if row % 2 else 'jpg'}")
-            assert (train.read(row).image == np.array(Image.open(member).convert("RGB"))).all()
-    assert open_data(f"webdataset:{tars(names=False)}", "classify").classes == list(COLOURS)
-    (root / "classnames.txt").unlink()
-    assert open_data(f"webdataset:{root}", "classify").classes == ["0", "1", "2"]
-    with pytest.raises(DataError, match="no split 'val'; it has train, test. Say which one"):
-        data.split("val")
-
-
-def test_a_share_of_train_is_held_out_by_key(tars: Make) -> None:
-    root = tars()
-    held = {
-        share: set(open_data(f"webdataset:{root},val={share}", "classify").split("val").keys) for share in (0.2, 0.5)
-    }
-    whole = set(open_data(f"webdataset:{root}", "classify").split("train").keys)
-    assert held[0.2] < held[0.5] < whole
-    data = open_data(f"webdataset:{root},val=0.5", "classify")
-    assert set(data.split("train").keys) == whole - held[0.5]
-    row = data.split("val").keys.index(sorted(held[0.5])[0])
-    number = int(data.split("val").keys[row][-7:])
-    assert int(data.split("val").read(row).target) == number % 3
-    assert data.notes["held_out"] == 0.5
-
-
-def test_a_table_of_pairs_with_classes(table: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    data = open_data(f"pairs:{table},label=what,split=part", "classify")
-    assert data.classes == ["apple", "leaf", "sea"]
-    assert {k: len(s) for k, s in data.splits.items()} == {"train": 48, "val": 12}
-    sample = data.split("val").read(1)
-    assert (sample.key, int(sample.target), sample.image.shape) == ("k9", 0, (40, 32, 3))
-    rows, skipped = data.split("train").usable(range(48))
-    assert (len(rows), skipped) == (47, {"no class": 1})
-    assert "k7 has nothing in the column 'what'" in capsys.readouterr().err
-    numbers = open_data(f"pairs:{table},label=number", "classify")
-    assert numbers.classes == ["0", "10", "20"]
-    assert numbers.notes == {"label": "number", "held_out": 0.1}
-    assert len(numbers.split("train")) + len(numbers.split("val")) == 60
-
-
-def test_scenes_of_one_kind_each() -> None:
-    data = open_data("scenes:n=300,size=48,seed=2,objects=24", "classify")
-    assert len(data.classes) == 24
-    assert data.classes[:3] == ["apple", "banana", "pear"]
-    from cutline.scenes import render
-    from cutline.scenes.source import SceneConfig
-
-    for part in ("train", "val"):
-        for row in range(5):
-            sample = data.split(part).read(row)
-            seed, index = (int(v) for v in sample.key[1:].split("-"))
-            full = render(seed, index, 48, SceneConfig(objects=24))
-            assert {o["name"] for o in full["objects"]} == {data.classes[int(sample.target)]}
-            assert (full["image"] == sample.image).all()
-    assert {len(data.split(p)) for p in ("val", "test")} == {10_000}
-    with pytest.raises(DataError, match="no picture of .* of its 96 classes"):
-        open_data("scenes:n=50,size=48", "classify")
-
-
-# What is wrong with the data
-
-
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        ("folder:x", "did you mean 'imagefolder:x'"),
-        ("imagefolder:/nowhere", "no folder /nowhere/train"),
-        ("imagefolder:x,vall=1", "unknown option 'vall'; there are val=0.1"),
-        ("imagefolder:x,val=2", "no share of train"),
-        ("webdataset:/nowhere", "no folder /nowhere/train"),
-        ("pairs:/nowhere.lance,label=x", "no table of pairs"),
-    ],
-)
-def test_specs_that_do_not_work_say_why(spec: str, message: str) -> None:
-    with pytest.raises(CutlineError, match=message):
-        open_data(spec, "classify")
-
-
-def test_a_class_without_a_picture(folders: Make, capsys: pytest.CaptureFixture[str]) -> None:
-    root = folders()
-    for path in (root / "val/sea").iterdir():
-        path.unlink()
-    data = open_data(f"imagefolder:{root}", "classify")
-    assert "no picture (.jpg, .png, .webp, …) in the class folder 'sea'" in capsys.readouterr().err
-    assert data.split("val").labels.tolist() == [0, 0, 1, 1]
-    (root / "train/moon").mkdir()
-    with pytest.raises(DataError, match="train has no picture .* in the class folder 'moon': put pictures there"):
-        open_data(f"imagefolder:{root}", "classify")
-
-
-def test_parts_that_do_not_fit(folders: Make) -> None:
-    root = folders(parts=("train",))
-    with pytest.raises(DataError, match="nothing to score on.*',val=0.1'"):
-        open_data(f"imagefolder:{root}", "classify")
-    (root / "val").mkdir()
-    with pytest.raises(DataError, match="no picture with a class in val"):
-        open_data(f"imagefolder:{root}", "classify")
-    with pytest.raises(DataError, match="has a val part of its own: leave val=0.5 out"):
-        open_data(f"imagefolder:{root},val=0.5", "classify")
-    (root / "val/moon").mkdir()
-    with pytest.raises(DataError, match="1 classes that train has not: moon"):
-        open_data(f"imagefolder:{root}", "classify")
-
-
-def test_a_broken_picture_is_counted_and_too_many_stop(
-    folders: Make, encoder: Any, capsys: pytest.CaptureFixture[str]
-) -> None:
-    root = folders(val=4)
-    good = (root / "train/leaf/1.jpg").read_bytes()
-    (root / "train/leaf/1.jpg").write_bytes(good[: len(good) // 2])
-    (root / "val/sea/102.jpg").write_bytes(b"")
-    result = classify(encoder, f"imagefolder:{root}", ClassifyConfig(**QUICK))
-    assert {k: result.protocol.settings[k] for k in ("trained", "trained_skipped", "scored", "skipped")} == {
-        "trained": 11, "trained_skipped": 1, "scored": 11, "skipped": 1,
-    }  # fmt: skip
-    told = capsys.readouterr().err
-    assert "train: 1 of 12 pictures skipped (1 × picture broken)" in told
-    assert "val: 1 of 12 pictures skipped (1 × picture broken). For example:\n  sea/102.jpg" in told
-    (root / "train/leaf/2.jpg").write_bytes(b"no picture")
-    with pytest.raises(DataError, match="2 of 12 pictures skipped[\\s\\S]*More than 10%"):
-        fit(encoder, f"imagefolder:{root}", ClassifyConfig(**QUICK))
-
-
-def test_a_class_whose_pictures_are_all_broken_stops(folders: Make, encoder: Any) -> None:
-    root = folders(train=12)
-    for i in range(1, 12):
-        (root / f"train/sea/{i}.jpg").unlink()
-    (root / "train/sea/0.jpg").write_bytes(b"broken")
-    with pytest.raises(DataError, match="of the 24 training pictures that can be read none is of 'sea'"):
-        fit(encoder, f"imagefolder:{root}", ClassifyConfig(**QUICK))
-
-
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ({"cls": None}, "no class"),
-        ({"cls": b"cat"}, "class is no number"),
-        ({"cls": b"7"}, "class out of range"),
-        ({"jpg": None}, "no picture"),
-        ({"jpg": b"\xff\xd8\xff broken"}, "picture broken"),
-    ],
-)
-def test_webdataset_samples_that_cannot_be_used(tars: Make, changed: dict[str, bytes | None], reason: str) -> None:
-    def change(i: int, members: dict[str, bytes]) -> None:
-        if i == 4:
-            for extension, data in changed.items():
-                del members[extension]
-                members.update({extension: data} if data is not None else {})
-
-    train = open_data(f"webdataset:{tars(change)}", "classify").split("train")
-    rows, counts = train.usable(range(24))
-    assert counts == {reason: 1}
-    assert rows == [*range(4), *range(5, 24)]
-
-
-def test_a_class_that_train_lacks_is_named(tars: Make) -> None:
-    def change(i: int, members: dict[str, bytes]) -> None:
-        if i % 3 == 2:
-            members["cls"] = b"1"
-
-    with pytest.raises(DataError, match="test has pictures of 1 classes that train has none of: 'sea'"):
-        open_data(f"webdataset:{tars(change)}", "classify")
-
-
-def test_a_split_without_a_tar(tars: Make) -> None:
-    root = tars()
-    for path in (root / "test").glob("*.tar"):
-        path.unlink()
-    with pytest.raises(DataError, match=r"test has no \.tar in it"):
-        open_data(f"webdataset:{root}", "classify")
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ("", "label=COLUMN; there are key, image, .*what"),
-        (",label=colour", "no column 'colour'; it has key, image, .*what"),
-        (",label=what,split=colour", "no column 'colour'"),
-        (",label=score", "holds double; a class is text or a whole number"),
-        (",label=what,split=what", "no row is of train"),
-    ],
-)
-def test_columns_that_do_not_fit_are_told(table: Path, options: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        open_data(f"pairs:{table}{options}", "classify")
-
-
 # Records and the command
 
 
@@ -539,14 +225,14 @@ def test_a_loaded_model_predicts_and_scores_alike(folders: Make, encoder: Any, h
     assert Result.read(out).metrics == result.metrics
     split = open_data(spec, "classify").split("val")
     images = [split.read(i).image for i in range(6)]
-    assert set(model.predict(images)) <= set(COLOURS)
+    assert set(model.predict(images)) <= set(THINGS)
     again = fit(encoder, spec, config)
     assert np.array_equal(model.probabilities(images), again.probabilities(images))
     assert model.probabilities(images).sum(1) == pytest.approx(np.ones(6), abs=1e-5)
     assert model.predict([]) == []
     with Image.open(out / "samples.png") as grid:
         shown = np.asarray(grid.convert("RGB")).reshape(-1, 3).astype(int)
-    for colour in COLOURS.values():  # the pictures are there
+    for colour in THINGS.values():  # the pictures are there
         assert (np.abs(shown - colour).max(1) < 25).mean() > 0.005
 
 

@@ -75,7 +75,8 @@ class NeighbourProbe(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         queries = F.normalize(features[0].float(), dim=1)
-        return torch.cat([self._votes(part) for part in torch.split(queries, CHUNK)]).log()
+        with torch.autocast(queries.device.type, enabled=False):  # neighbours differ in the third digit and later
+            return torch.cat([self._votes(part) for part in torch.split(queries, CHUNK)]).log()
 
     def _votes(self, queries: Tensor) -> Tensor:
         similarity, nearest = (queries @ self.bank.T).topk(min(self.k, len(self.bank)), dim=1)
