@@ -15,7 +15,7 @@ app = typer.Typer(
     help="From pictures with poor text to vision backbones that see.",
 )  # fmt: skip
 pairs_app = typer.Typer(no_args_is_help=True, help="Make, look at, check and export a table of pairs.")
-transfer_app = typer.Typer(no_args_is_help=True, help="Move an encoder to a dense task and score it.")
+transfer_app = typer.Typer(no_args_is_help=True, help="Move an encoder to a task and score it.")
 zeroshot_app = typer.Typer(no_args_is_help=True, help="Score an image–text model without labels.")
 app.add_typer(pairs_app, name="pairs")
 app.add_typer(cli_captions.app, name="caption")
@@ -145,6 +145,17 @@ def depth(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = 
 
     folder = out or _folder(encoder, "depth", data, overrides)
     _scored(run(encoder, data, load(DepthConfig, None, list(overrides or [])), folder), folder)
+
+
+@transfer_app.command()
+def classify(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+    """The class of a picture (head=linear, attentive or knn): top-1, top-5, mean class accuracy."""
+    from cutline.config import load
+    from cutline.transfer.classify import ClassifyConfig
+    from cutline.transfer.classify import classify as run
+
+    folder = out or _folder(encoder, "classify", data, overrides)
+    _scored(run(encoder, data, load(ClassifyConfig, None, list(overrides or [])), folder), folder)
 
 
 @zeroshot_app.command()

@@ -19,8 +19,8 @@ from cutline.errors import ConfigError, DataError
 from cutline.record import Protocol, Result
 from cutline.study.plan import SIZES, Plan, load_plan, quickstart_plan
 from cutline.study.report import _curves, _how
-from cutline.study.runner import Cell, _pretrain, check_folder, results
-from cutline.study.statistics import difference, headline
+from cutline.study.runner import Cell, _pretrain, _transfer, check_folder, results
+from cutline.study.statistics import difference, headline, scores
 
 TINY = {
     "name": "test",
@@ -127,6 +127,16 @@ def test_wrong_keys_and_names_in_a_plan_are_told_at_the_start(tmp_path, changes,
 def test_an_arm_replaces_the_columns_of_the_base():
     base = TINY["base"] | {"data": TINY["base"]["data"] | {"text": {"columns": {"alt": 1}}}}
     assert Plan.model_validate(TINY | {"base": base}).recipe("captions", 0).data.text.columns == {"captions": 1}
+
+
+def test_classification_is_a_task_of_a_study(tmp_path):
+    data = "scenes:n=240,size=48,seed=2,objects=24"
+    task = {"task": "classify", "data": data, "config": {"head": "knn", "k": 3, "pictures": 20}}
+    plan = Plan.model_validate(TINY | {"tasks": {"probe": task}})
+    result = _transfer(plan, Cell("scratch", 1, "probe"), tmp_path, "scratch:vit-tiny-64")
+    assert result.protocol.seed == 1
+    found = results(plan, tmp_path)
+    assert scores(plan, found, "probe", "scratch") == {1: pytest.approx(100 * result.metrics["top1"])}
 
 
 def test_differences_are_paired_over_seeds(plan):

@@ -1,4 +1,4 @@
-"""A tiny encoder and a tiny folder of dense data."""
+"""A tiny encoder, a tiny folder of dense data, and tiny data of classes."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from classes_made import THINGS, encoded
+from pairs_made import write_tar
 from PIL import Image
 
+from cutline.pairs import create_from_rows
 from cutline.towers.config import TowerConfig
 from cutline.towers.store import build, load_encoder
 
@@ -64,3 +67,58 @@ def folder(tmp_path: Path) -> Callable[..., Path]:
         return tmp_path
 
     return write
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Callable[..., Path]:
+    """Writes {train,val}/CLASS/*.jpg of three classes; returns the root."""
+
+    def write(train: int = 4, val: int = 2, parts: tuple[str, ...] = ("train", "val")) -> Path:
+        for part in parts:
+            for name in THINGS:
+                (tmp_path / part / name).mkdir(parents=True, exist_ok=True)
+                for i in range(train if part == "train" else val):
+                    number = i + 100 * (part != "train")
+                    (tmp_path / part / name / f"{number}.jpg").write_bytes(encoded(name, number))
+        return tmp_path
+
+    return write
+
+
+@pytest.fixture
+def tars(tmp_path: Path) -> Callable[..., Path]:
+    """Writes CLIP_benchmark's layout; `change(i, members)` changes a train sample's members."""
+
+    def write(change: Callable[[int, dict[str, bytes]], None] = lambda i, m: None, names: bool = True) -> Path:
+        for part, count in (("train", 24), ("test", 6)):
+            members = []
+            for i in range(count):
+                one = {"webp" if i % 2 else "jpg": encoded(list(THINGS)[i % 3], i, "WEBP" if i % 2 else "JPEG")}
+                one["cls"] = str(i % 3).encode()
+                if part == "train":
+                    change(i, one)
+                members += [(f"s{i:07d}.{extension}", data) for extension, data in one.items()]
+            (tmp_path / part).mkdir(exist_ok=True)
+            half = 2 * (count // 4)
+            split = next(j for j, (name, _) in enumerate(members) if name.startswith(f"s{half:07d}"))
+            write_tar(tmp_path / part / "0.tar", members[:split])
+            write_tar(tmp_path / part / "1.tar", members[split:])
+            (tmp_path / part / "nshards.txt").write_text("2")
+        if names:
+            (tmp_path / "classnames.txt").write_text("\n".join(THINGS))
+        return tmp_path
+
+    return write
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """A table of pairs with classes as text and as numbers, a split, and a row without a class."""
+    rows = []
+    for i in range(60):
+        name = list(THINGS)[i % 3]
+        part = "validation" if i % 5 == 4 else "train"
+        rows.append({"key": f"k{i}", "image": encoded(name, i), "alt": "x", "what": None if i == 7 else f" {name} ",
+                     "number": i % 3 * 10, "part": part, "score": i / 3})  # fmt: skip
+    create_from_rows(tmp_path / "t.lance", rows)
+    return tmp_path / "t.lance"

@@ -22,7 +22,7 @@ from cutline.train.device import device_of
 from cutline.train.stream.maps import RELATIVE, aligned
 from cutline.train.stream.transforms import Augmentation
 from cutline.transfer.segment import Segmenter
-from cutline.transfer.store import CONFIG, WEIGHTS, describe, folder_of, load
+from cutline.transfer.store import CONFIG, TASKS, WEIGHTS, describe, folder_of, load
 
 Task = Literal["segment", "depth"]
 Picture = NDArray[np.uint8]
@@ -59,7 +59,7 @@ def describe_expert(model: str, task: Task) -> Description:
         return Description(source.name(), [str(names[i]) for i in sorted(names)] if task == "segment" else [], unit)
     folder = folder_of(model)
     content = describe(folder)
-    found: Task = "segment" if content["kind"] == "Segmenter" else "depth"
+    found = TASKS[content["kind"]]
     if found != task:
         raise DataError(f"{model!r} is a run of `cutline transfer {found}`, and --expert asks for {task}.")
     name = f"{Path(model).resolve().name} {hash_files([folder / CONFIG, folder / WEIGHTS])}"

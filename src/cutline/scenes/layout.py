@@ -10,7 +10,7 @@ knowing the objects tells which. Ground textures are scaled with h, so they do n
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -77,6 +77,18 @@ def kinds_of(objects: int) -> tuple[int, ...]:
 
 def layout(seed: int, index: int, objects: int = len(OBJECTS)) -> Scene:
     """The scene number `index` of the world `seed` with so many kinds of objects."""
+    scene, dice, kinds = _begin(seed, index, objects)
+    return replace(scene, items=_place(dice, kinds, scene.height, scene.focal, scene.horizon))
+
+
+def intended(seed: int, index: int, objects: int = len(OBJECTS)) -> list[int]:
+    """The kind of every object that scene `index` is to show, before they are placed; one for which no place is found
+    is left out of the scene. Costs a fraction of `layout`."""
+    return _begin(seed, index, objects)[2]
+
+
+def _begin(seed: int, index: int, objects: int) -> tuple[Scene, Dice, list[int]]:
+    """A scene without its objects, the dice as they lie then, and the objects' kinds."""
     dice = Dice(seed, index, LAYOUT)
     anchor = dice.choice(kinds_of(objects))  # drawn first and evenly, so that rare heights do not make rare objects
     height = math.exp(dice.uniform(*_window(anchor)))
@@ -88,8 +100,7 @@ def layout(seed: int, index: int, objects: int = len(OBJECTS)) -> Scene:
     clouds, sun = (dice.uniform(), dice.uniform()), dice.uniform(-1, 1)
     count = 1 + dice.weighted(COUNTS)
     kinds = _choose(dice, kinds_of(objects), anchor, height, count)
-    items = _place(dice, kinds, height, focal, horizon)
-    return Scene(height, focal, horizon, ground, sky, grain, clouds, light, sun, items)
+    return Scene(height, focal, horizon, ground, sky, grain, clouds, light, sun, ()), dice, kinds
 
 
 def _window(kind: int) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from cutline.config import Config, apply, check, load
 from cutline.errors import ConfigError
 from cutline.scenes import parse_spec
 from cutline.train.recipe import Recipe
+from cutline.transfer.classify import ClassifyConfig
 from cutline.transfer.depth import DepthConfig
 from cutline.transfer.segment import SegmentConfig
 from cutline.zeroshot.retrieve import RetrieveConfig
@@ -25,6 +26,7 @@ SIZES = ("tiny", "small", "full")
 HEADLINE: dict[str, tuple[str, float, bool]] = {
     "segment": ("miou", 100.0, True),
     "depth": ("rmse", 1.0, False),
+    "classify": ("top1", 100.0, True),
     "retrieve": ("i2t_r1", 100.0, True),
 }
 
@@ -43,7 +45,7 @@ class Task(Config):
     data: a SPEC; for "retrieve" a table or `scenes:n=…`. An arm whose text tower was not trained retrieves by chance.
     """
 
-    task: Literal["segment", "depth", "retrieve"]
+    task: Literal["segment", "depth", "classify", "retrieve"]
     data: str
     config: dict[str, Any] = Field(default_factory=dict)
 
@@ -52,11 +54,13 @@ class Task(Config):
         _or_value_error("config", lambda: self.build(0))
         return self
 
-    def build(self, seed: int) -> SegmentConfig | DepthConfig | RetrieveConfig:
+    def build(self, seed: int) -> SegmentConfig | DepthConfig | ClassifyConfig | RetrieveConfig:
         """The task's config with a study's seed, where it draws anything."""
         if self.task == "retrieve":
             return check(RetrieveConfig, self.config)
         values = {**self.config, "seed": seed}
+        if self.task == "classify":
+            return check(ClassifyConfig, values)
         return check(SegmentConfig, values) if self.task == "segment" else check(DepthConfig, values)
 
 

@@ -18,7 +18,12 @@ from cutline.study.runner import Cell, results
 from cutline.study.statistics import ONE_SEED, Difference, difference, headline, mean_spread, scores
 from cutline.zeroshot.retrieve import RetrieveConfig
 
-UNITS = {"segment": "mIoU, % ↑", "depth": "RMSE, m ↓", "retrieve": "R@1, picture to text, % ↑"}
+UNITS = {
+    "segment": "mIoU, % ↑",
+    "depth": "RMSE, m ↓",
+    "classify": "top-1, % ↑",
+    "retrieve": "R@1, picture to text, % ↑",
+}
 COLOURS = ["#9aa3b2", "#d9822b", "#2b5bd7", "#0b7a4b", "#8e44ad", "#b3402a"]
 
 

@@ -1,4 +1,4 @@
-"""Training batches of pictures and dense targets: random scale, crop and flip, the same for both; then colours.
+"""Training batches of pictures and their targets: random scale, crop and flip, the same for both; then colours.
 
 Batch k is a pure function of (seed, k): which samples, and how they are cut. So batches can be made ahead in threads,
 and a run can start again at any step. Pictures stay uint8 until they are on the device.
@@ -6,10 +6,10 @@ and a run can start again at any step. Pictures stay uint8 until they are on the
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -20,10 +20,15 @@ from torch.nn import functional as F
 from cutline.transfer.augment import COLOURS, CutDepth
 from cutline.transfer.data import Sample, Split
 
+A = TypeVar("A")
+B = TypeVar("B")
+THREADS = min(8, os.cpu_count() or 1)
+
 
 @dataclass
 class Batch:
-    """images (B, 3, H, W) uint8; targets (B, H, W); keys; rows: places in the training set; flips: mirrored or not.
+    """images (B, 3, H, W) uint8; targets (B, H, W), or (B,) classes; keys; rows: places in the training set; flips:
+    mirrored or not.
 
     `rows` and `flips` say all there is to say about a batch of whole pictures (see `Batches.whole`).
     """
@@ -63,10 +68,25 @@ class Batches:
     def __init__(
         self, split: Split, rows: Sequence[int], size: int, seed: int, cut: Cut, threads: int | None = None
     ) -> None:
-        self.split, self.rows, self.size, self.seed, self.cut = split, list(rows), size, seed, cut
-        self.threads = threads or min(8, os.cpu_count() or 1)
-        # Whether every batch is whole pictures, mirrored or not.
-        self.whole = cut.plain and {split.sizes[r] for r in rows} == {cut.crop}
+        self.split, self.rows, self.size, self.seed, self.flip = split, list(rows), size, seed, cut.flip
+        self.threads = threads or THREADS
+        self.how = cut
+        self.targets_only = False  # whether pictures may be left out, as for features computed before
+
+    @property
+    def whole(self) -> bool:
+        """Whether every batch is `pictures`, mirrored or not."""
+        how = self.how
+        sizes = {self.split.sizes[r] for r in self.rows}
+        return how.plain and sizes == {how.crop}
+
+    def view(self, row: int, flip: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """A picture (3, H, W) uint8 and its target as one batch shows them."""
+        return cut(self.split.read(row), self.how, flip, rng)
+
+    def picture(self, row: int) -> NDArray[np.uint8]:
+        """A picture (H, W, 3) as it is when nothing is drawn."""
+        return self.split.read(row).image
 
     def order(self, step: int) -> NDArray[np.int64]:
         """Places in the training set of batch `step`, (size,)."""
@@ -78,24 +98,33 @@ class Batches:
     def make(self, step: int) -> Batch:
         rng = np.random.default_rng([self.seed, 2, step])
         order = self.order(step)
-        flips = rng.random(self.size) < 0.5 if self.cut.flip else np.zeros(self.size, bool)
-        samples = [self.split.read(self.rows[i]) for i in order]
-        pairs = [cut(s, self.cut, bool(f), rng) for s, f in zip(samples, flips)]
-        images, targets = (torch.stack(part) for part in zip(*pairs))
-        return Batch(images, targets, [s.key for s in samples], torch.from_numpy(order), torch.from_numpy(flips))
+        flips = rng.random(self.size) < 0.5 if self.flip else np.zeros(self.size, bool)
+        rows = [self.rows[i] for i in order]
+        images, targets = (
+            torch.stack(part) for part in zip(*(self.view(r, bool(f), rng) for r, f in zip(rows, flips)))
+        )
+        keys = [self.split.keys[r] for r in rows]
+        return Batch(images, targets, keys, torch.from_numpy(order), torch.from_numpy(flips))
 
     def pictures(self, rows: Sequence[int]) -> Tensor:
-        """Whole pictures of equal size, (len(rows), 3, H, W) uint8."""
-        return stack_images([self.split.read(r).image for r in rows])
+        """Pictures of equal size, (len(rows), 3, H, W) uint8."""
+        return stack_images([self.picture(r) for r in rows])
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches `start` … `stop` - 1, a few made ahead by threads."""
-        with ThreadPoolExecutor(self.threads) as pool:
-            ahead: deque[Future[Batch]] = deque()
-            for step in range(start, stop):
-                while len(ahead) <= self.threads and step + len(ahead) < stop:
-                    ahead.append(pool.submit(self.make, step + len(ahead)))
-                yield ahead.popleft().result()
+        return ahead(self.make, range(start, stop), self.threads)
+
+
+def ahead(make: Callable[[A], B], items: Iterable[A], threads: int) -> Iterator[B]:
+    """`make` of every item, in order, up to `threads` + 1 of them made ahead by threads."""
+    with ThreadPoolExecutor(threads) as pool:
+        made: deque[Future[B]] = deque()
+        for item in items:
+            made.append(pool.submit(make, item))
+            if len(made) > threads:
+                yield made.popleft().result()
+        while made:
+            yield made.popleft().result()
 
 
 def cut(sample: Sample, how: Cut, flip: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
-"""Dense data: pictures with a class map or a depth map, read from a SPEC `kind:path[,option=value…]`.
+"""Pictures with a class map, a depth map or a class, read from a SPEC `kind:path[,option=value…]`.
 
     ade20k:PATH, cityscapes:PATH, voc:PATH, context:PATH, cocostuff:PATH, camvid:PATH     class maps
     nyuv2:PATH, kitti:PATH                                                                depth
     folder:PATH[,ignore=0+255][,scale=0.001]      {train,val[,test]}/{images,masks|depth}, see `folder`
+    imagefolder:PATH, webdataset:PATH, pairs:TABLE.lance,label=COLUMN     pictures with a class each, for "classify"
     scenes:n=1000,size=64,seed=1    the embedded world; train, val and test are different worlds, see `scenes`
 
 A kind is one module with `open(rest, task) -> DenseData`. Pictures are decoded when first needed and kept while they
@@ -27,8 +28,9 @@ from numpy.typing import NDArray
 from cutline.errors import DataError
 from cutline.progress import progress
 
-Task = Literal["segment", "depth"]
+Task = Literal["segment", "depth", "classify"]
 KINDS = ("ade20k", "camvid", "cityscapes", "cocostuff", "context", "folder", "kitti", "nyuv2", "scenes", "voc")
+CLASS_KINDS = ("imagefolder", "webdataset", "pairs", "scenes")  # of "classify"
 CACHE_BYTES = 4 << 30  # decoded pictures of one split kept in memory
 SKIP_SHARE = 0.1
 
@@ -43,7 +45,8 @@ class Skip(DataError):
 
 @dataclass
 class Sample:
-    """image (H, W, 3) uint8; target (H, W), int16 class ids or `metrics.IGNORE`, or float32 metres, 0 = no reading."""
+    """image (H, W, 3) uint8; target: (H, W) int16 class ids or `metrics.IGNORE`, (H, W) float32 metres, 0 = no reading,
+    or () int64, the picture's class."""
 
     key: str
     image: NDArray[np.uint8]
@@ -51,10 +54,19 @@ class Sample:
 
 
 class Split:
-    """One part of a data set: a list of keys and a function that reads the i-th sample or raises `Skip`."""
+    """One part of a data set: a list of keys and a function that reads the i-th sample or raises `Skip`.
 
-    def __init__(self, name: str, keys: Sequence[str], read: Callable[[int], Sample]) -> None:
-        self.name, self.keys = name, list(keys)
+    labels: the class of each row, -1 where it has none; None where pictures have no class, or it is known when read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        keys: Sequence[str],
+        read: Callable[[int], Sample],
+        labels: NDArray[np.int64] | None = None,
+    ) -> None:
+        self.name, self.keys, self.labels = name, list(keys), labels
         self._read = read
         self.sizes: dict[int, tuple[int, int]] = {}  # (height, width) of the rows read so far
         self._cache: dict[int, Sample] = {}
@@ -130,9 +142,9 @@ class DenseData:
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
-            there = ", ".join(self.splits)
-            hint = " Say split=test to score it." if name == "val" and "test" in self.splits else ""
-            raise DataError(f"{self.spec} has no split {name!r}; it has {there}.{hint}")
+            raise DataError(
+                f"{self.spec} has no split {name!r}; it has {', '.join(self.splits)}. Say which one to score with split=."
+            )
         return self.splits[name]
 
 
@@ -143,22 +155,43 @@ def open_data(spec: str | DenseData, task: Task) -> DenseData:
             raise DataError(f"{spec.spec} was opened for {spec.task}: open it with open_data(spec, {task!r}).")
         return spec
     kind, colon, rest = spec.partition(":")
-    if not colon or kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        hint = f"did you mean '{near[0]}:{rest or '…'}'?" if near else f"known kinds: {', '.join(KINDS)}."
-        raise DataError(f"data {spec!r} is not of the form kind:path with a known kind: {hint}")
+    kinds = CLASS_KINDS if task == "classify" else KINDS
+    if not colon or kind not in kinds:
+        near = difflib.get_close_matches(kind, kinds, n=1)
+        hint = f"did you mean '{near[0]}:{rest or '…'}'?" if near else f"known kinds: {', '.join(kinds)}."
+        raise DataError(f"data {spec!r} is not of the form kind:path with a kind known to {task}: {hint}")
     data: DenseData = importlib.import_module(f"cutline.transfer.{kind}").open(rest, task)
     return data
 
 
-def labelled(count: int, labels: int | float | None, seed: int) -> list[int]:
+def labelled(count: int, labels: int | float | None, seed: int, classes: NDArray[np.int64] | None = None) -> list[int]:
     """The rows whose labels are used: the first of a permutation of `count` by `seed`, so that subsets are nested.
 
     labels: a number of pictures, a share below 1, or None for all. Every arm with the same seed gets the same rows.
+    classes: of each row (-1: none, never chosen); the permutation then begins with one row of each class and goes on
+    with every class in proportion. Raises `DataError` for fewer pictures than classes, and for more than there are.
     """
     if labels is None:
         return list(range(count))
+    order = np.random.default_rng([seed, 0x1ABE15]).permutation(count)
+    if classes is not None:
+        order = _by_class(order[classes[order] >= 0], classes)
     wanted = max(1, round(labels * count)) if isinstance(labels, float) else labels
-    if wanted > count:
-        raise DataError(f"labels={labels} asks for more pictures than the {count} there are. Ask for fewer.")
-    return sorted(np.random.default_rng([seed, 0x1ABE15]).permutation(count)[:wanted].tolist())
+    if wanted > len(order):
+        raise DataError(f"labels={labels} asks for more pictures than the {len(order)} there are. Ask for fewer.")
+    if classes is not None and wanted < (kinds := len(np.unique(classes[order]))):
+        raise DataError(
+            f"labels={labels} is {wanted} of {count} pictures, less than one for each of the {kinds} classes. "
+            f"Ask for labels={kinds} or more."
+        )
+    return sorted(order[:wanted].tolist())
+
+
+def _by_class(order: NDArray[np.int64], classes: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`order` rearranged: first the first row of every class, then the k-th of n rows of a class at (k + ½) / n."""
+    own = classes[order]
+    sizes = np.bincount(own)
+    rank = np.empty(len(order), np.int64)
+    grouped = np.argsort(own, kind="stable")
+    rank[grouped] = np.arange(len(order)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    return order[np.argsort(np.where(rank == 0, -1, (rank + 0.5) / sizes[own]), kind="stable")]

@@ -24,12 +24,12 @@ from cutline.record import Result
 from cutline.transfer import heads, pyramid
 from cutline.transfer.augment import CutDepth
 from cutline.transfer.data import DenseData, open_data
-from cutline.transfer.finetune import Prepared, encoder_of, finetune
+from cutline.transfer.finetune import PreparedDense, encoder_of, finetune
 from cutline.transfer.metrics import DepthErrors
 from cutline.transfer.model import Dense, by_shape
 from cutline.transfer.options import DenseConfig, SplitName, default_channels, look, seeded
+from cutline.transfer.run import run
 from cutline.transfer.scoring import protocol, scored_rows, shown
-from cutline.transfer.store import save
 
 # From a median that is no number of metres to a likely one: millimetres, KITTI's PNG, kilometres.
 FACTORS = {"0.001": 0.001, "1/256": 1 / 256, "1000": 1000.0}
@@ -116,7 +116,7 @@ def fit(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | No
     """
     start, opened = encoder_of(encoder, config), open_data(data, "depth")
     config = config.model_copy(update={"max_depth": config.max_depth or opened.max_depth or config.top})
-    prepared = Prepared(config, opened, max(start.channels))
+    prepared = PreparedDense(config, opened, max(start.channels))
     check_readings(prepared, opened.spec)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
@@ -126,12 +126,12 @@ def fit(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | No
     with seeded(config):
         model = DepthEstimator(start, prepared.config)
         paste = CutDepth(config.cutdepth, config.top) if config.cutdepth else None
-        finetune(model, prepared, loss, 0, out, paste)
+        finetune(model, prepared, prepared.batches(start.mean, 0, paste), loss, out)
     model.labels, model.skipped = len(prepared.rows), prepared.skipped
     return model
 
 
-def check_readings(prepared: Prepared[DepthConfig], spec: str) -> None:
+def check_readings(prepared: PreparedDense[DepthConfig], spec: str) -> None:
     """Raise `DataError` if none of the first training pictures has a reading in the range of the config.
 
     A median so far from metres that the unit is likely wrong is told on stderr.
@@ -194,16 +194,12 @@ def score(model: DepthEstimator, data: str | DenseData, split: SplitName | None 
 
 def depth(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | None = None) -> Result:
     """`fit`, then `score`; with `out`, write there result.json, the model, metrics.jsonl and a grid of predictions."""
-    begun = time.monotonic()
     opened = open_data(data, "depth")
-    model = fit(encoder, opened, config, out)
-    if out is not None:
-        save(model, out / "model")  # before scoring, which bad pictures may stop
-    result = score(model, opened).model_copy(update={"seconds": time.monotonic() - begun})
-    if out is not None:
+
+    def draw(model: DepthEstimator, path: Path) -> None:
         from cutline.transfer.draw import depth_grid
 
         samples = shown(model.config, opened)
-        depth_grid(out / "samples.png", samples, model.predict([s.image for s in samples]), model.config.top)
-        result.write(out)
-    return result
+        depth_grid(path, samples, model.predict([s.image for s in samples]), model.config.top)
+
+    return run(lambda: fit(encoder, opened, config, out), lambda model: score(model, opened), draw, out)

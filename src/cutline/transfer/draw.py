@@ -1,4 +1,4 @@
-"""A grid of predictions beside each result: picture, truth and prediction, with a legend or a colour bar."""
+"""A grid of predictions beside each result: picture, truth and prediction, with a legend, a colour bar or names."""
 
 import io
 from collections.abc import Sequence
@@ -15,6 +15,8 @@ from cutline.transfer.metrics import IGNORE
 WIDTH = 2.2  # inches of one picture
 NAMES = ("picture", "truth", "prediction")
 UNLABELLED = (0.08, 0.08, 0.08)
+NAMED = 6  # pictures in a row of `name_grid`
+RIGHT, WRONG = "#1a7f37", "#b3261e"
 
 
 def palette(count: int) -> NDArray[np.float64]:
@@ -46,6 +48,35 @@ def class_grid(path: Path, samples: Sequence[Sample], masks: Sequence[NDArray[An
             axis.imshow(shown, interpolation="nearest" if shown is not sample.image else None)
     figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=8, handlelength=1.2)
     _write(figure, path)
+
+
+def name_grid(
+    path: Path,
+    images: Sequence[NDArray[np.uint8]],
+    true: Sequence[str],
+    predicted: Sequence[str],
+    shares: Sequence[float],
+) -> None:
+    """Write a PNG of pictures, six a row, each over its true class and the predicted one with its share of 1: green if
+    right, red if not."""
+    from matplotlib.figure import Figure
+
+    rows = -(-len(images) // NAMED)
+    figure = Figure((WIDTH * NAMED, (WIDTH + 0.45) * rows), dpi=120, layout="constrained")
+    axes = list(figure.subplots(rows, NAMED, squeeze=False).flat)
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, image, truth, guess, share in zip(axes, images, true, predicted, shares):
+        axis.imshow(image)
+        # Two texts, because only the prediction is coloured.
+        place = {"transform": axis.transAxes, "ha": "center", "va": "top", "fontsize": 8}
+        axis.text(0.5, -0.02, _short(truth), **place)
+        axis.text(0.5, -0.12, f"{_short(guess)} {share:.0%}", color=RIGHT if guess == truth else WRONG, **place)
+    _write(figure, path)
+
+
+def _short(name: str, most: int = 30) -> str:
+    return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def depth_grid(path: Path, samples: Sequence[Sample], depths: Sequence[NDArray[Any]], max_depth: float) -> None:

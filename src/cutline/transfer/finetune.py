@@ -1,4 +1,4 @@
-"""The training loop that segmentation and depth share.
+"""The training loop that all tasks share.
 
 AdamW with layer-wise decay, linear warm-up, polynomial (or cosine) decay. When the encoder is frozen and batches are
 whole pictures, its features are computed once for every picture and its mirror image, which gives the same numbers as
@@ -22,10 +22,10 @@ from cutline.towers.store import load_encoder
 from cutline.train.device import device_of
 from cutline.train.optim import param_groups, schedule, set_lr
 from cutline.transfer.augment import CutDepth
-from cutline.transfer.batches import Batch, Batches, Cut
+from cutline.transfer.batches import Batch, Batches, Cut, ahead
 from cutline.transfer.data import DenseData, labelled
-from cutline.transfer.model import Dense
-from cutline.transfer.options import DenseConfig, autocast, default_channels, look, seeded
+from cutline.transfer.model import Transferred
+from cutline.transfer.options import DenseConfig, TransferConfig, autocast, default_channels, look, seeded
 
 NONFINITE = 5  # losses in a row that are not finite before a run stops
 CACHE_BYTES = 2 << 30  # frozen features kept at most
@@ -33,33 +33,45 @@ LOG_EVERY = 10
 EPOCHS, LEAST, MOST = 20, 400, 160_000  # of `steps` when not given
 CROP = 512  # largest side of a crop when not given
 
-C = TypeVar("C", bound=DenseConfig)
-Loss = Callable[[Tensor, Tensor], Tensor]  # (output (B, C, H, W) float32, target (B, H, W)) → scalar
+C = TypeVar("C", bound=TransferConfig)
+D = TypeVar("D", bound=DenseConfig)
+Loss = Callable[[Tensor, Tensor], Tensor]  # (output float32, targets of the batch) → scalar
 
 
 class Prepared(Generic[C]):
-    """A config with nothing left open, the training rows that can be read, and how many could not."""
+    """A config with its training open no more, the training rows that can be read, and how many could not."""
 
-    def __init__(self, config: C, data: DenseData, width: int) -> None:
+    def __init__(self, config: C, data: DenseData) -> None:
         data.split(config.split)  # told before training, not after
         self.split = data.split("train")
-        chosen = labelled(len(self.split), config.labels, config.seed)
+        chosen = labelled(len(self.split), config.labels, config.seed, self.split.labels)
         self.rows, skipped = self.split.usable(chosen)
         self.skipped = sum(skipped.values())
         self.steps = config.steps or min(max(LEAST, EPOCHS * len(self.rows) // config.batch), MOST)
         self.warmup = min(1500, self.steps // 20) if config.warmup is None else config.warmup
+        self.config: C = config.model_copy(update={"steps": self.steps, "warmup": self.warmup})
+
+
+class PreparedDense(Prepared[D]):
+    """`Prepared` with the crop and the widths of the head chosen as well."""
+
+    def __init__(self, config: D, data: DenseData, width: int) -> None:
+        super().__init__(config, data)
         self.crop = config.crop or self._crop(config.short)
         channels = config.channels or default_channels(width)
-        self.config: C = config.model_copy(
-            update={
-                "steps": self.steps,
-                "warmup": self.warmup,
-                "crop": self.crop,
-                "channels": channels,
-                "pyramid_channels": config.pyramid_channels or min(256, channels),
-            }
+        between = config.pyramid_channels or min(256, channels)
+        self.config = self.config.model_copy(
+            update={"crop": self.crop, "channels": channels, "pyramid_channels": between}
         )
         look(self.config)  # a stride that leaves pixels out is told before training, too
+
+    def batches(self, mean: tuple[float, float, float], empty: int, cutdepth: CutDepth | None = None) -> Batches:
+        """Training batches. mean: the encoder's mean colour, around pictures smaller than the crop; empty: the target
+        there; cutdepth: of depth."""
+        c = self.config
+        red, green, blue = (round(255 * m) for m in mean)
+        cut = Cut(self.crop, c.scale, c.flip, c.short, (red, green, blue), empty, c.colour, cutdepth)
+        return Batches(self.split, self.rows, c.batch, c.seed, cut)
 
     def _crop(self, short: int | None) -> tuple[int, int]:
         sizes = {self.split.sizes[r] for r in self.rows}
@@ -72,7 +84,7 @@ class Prepared(Generic[C]):
         return side, side
 
 
-def encoder_of(source: Any, config: DenseConfig) -> Encoder:
+def encoder_of(source: Any, config: TransferConfig) -> Encoder:
     """An `Encoder` as it is; a model, a run directory or any name that `towers.load` takes, wrapped as one.
 
     The random weights of "scratch:NAME" follow from the config's seed.
@@ -81,33 +93,22 @@ def encoder_of(source: Any, config: DenseConfig) -> Encoder:
         return source if isinstance(source, Encoder) else load_encoder(source)
 
 
-def finetune(
-    model: Dense, prepared: Prepared[Any], loss: Loss, empty: int, out: Path | None, cutdepth: CutDepth | None = None
-) -> None:
-    """Train `model` in place by `prepared.config` and leave it in eval mode.
+def finetune(model: Transferred, prepared: Prepared[Any], batches: Batches, loss: Loss, out: Path | None) -> None:
+    """Train `model` in place on `batches` by `prepared.config` and leave it in eval mode.
 
-    empty: target outside of a picture; cutdepth: of depth. Writes `metrics.jsonl` into `out`. Raises `TrainingError` after `NONFINITE`
-    losses in a row that are not finite; single ones are skipped and logged.
+    Writes `metrics.jsonl` into `out`. Raises `TrainingError` after `NONFINITE` losses in a row that are not finite;
+    single ones are skipped and logged.
     """
-    config: DenseConfig = prepared.config
+    config: TransferConfig = prepared.config
+    assert config.lr is not None
     device, cast = device_of(config.device), autocast(config)
     model.to(device).train()
     regular = config.drop_path > 0 and not config.frozen
     if regular:
         model.encoder.set_drop_path(config.drop_path)
-    red, green, blue = (round(255 * m) for m in model.encoder.mean)
-    cut = Cut(
-        prepared.crop,
-        config.scale,
-        config.flip,
-        config.short,
-        (red, green, blue),
-        empty,
-        config.colour,
-        cutdepth,
-    )
-    batches = Batches(prepared.split, prepared.rows, config.batch, config.seed, cut)
-    cache = _frozen_features(model, batches, config) if config.frozen and batches.whole else None
+    kept = config.frozen and batches.whole
+    cache = still_features(model, batches, config, config.flip, CACHE_BYTES) if kept else None
+    batches.targets_only = cache is not None
     groups = param_groups(model, config.lr, config.weight_decay, config.layer_decay, model.layer_of, model.num_layers)
     optimiser, guard = torch.optim.AdamW(groups, fused=True), _Guard(config)
     label = "training the head" if config.frozen else "fine-tuning"
@@ -116,7 +117,7 @@ def finetune(
             lr = config.lr * schedule(step, prepared.steps, prepared.warmup, config.schedule, config.power)
             set_lr(optimiser, lr)
             with cast():
-                outputs = _outputs(model, batch, cache, device)
+                outputs = _outputs(model, batch, cache, batches.how.crop)
             targets = batch.targets.to(device, non_blocking=True)
             value = torch.stack([weight * loss(output.float(), targets) for weight, output in outputs]).sum()
             number = value.item()
@@ -137,40 +138,50 @@ def finetune(
 
 
 def _outputs(
-    model: Dense, batch: Batch, cache: list[Tensor] | None, device: torch.device
+    model: Transferred, batch: Batch, cache: list[Tensor] | None, size: tuple[int, int]
 ) -> list[tuple[float, Tensor]]:
+    device = next(model.parameters()).device
     if cache is None:
         maps = model.features(model.normalise(batch.images.to(device, non_blocking=True)))
     else:
         maps = [m[batch.flips.long().to(device), batch.rows.to(device)] for m in cache]
-    return model.outputs(maps, (batch.images.shape[2], batch.images.shape[3]))
+    return model.outputs(maps, size)
 
 
 @torch.no_grad()
-def _frozen_features(model: Dense, batches: Batches, config: DenseConfig) -> list[Tensor] | None:
-    """Maps of every training picture as it is and mirrored, (2, N, C, h, w) each; None if they would not fit."""
+def still_features(
+    model: Transferred, batches: Batches, config: TransferConfig, mirrored: bool, limit: float
+) -> list[Tensor] | None:
+    """Features of every training picture as it is, and mirrored if asked for, (1 or 2, N, …) each.
+
+    None if they would take more than `limit` bytes.
+    """
     device, cast = device_of(config.device), autocast(config)
-    sides, rows = 2 if config.flip else 1, batches.rows
+    sides, rows = 2 if mirrored else 1, batches.rows
+    parts = [rows[first : first + config.batch] for first in range(0, len(rows), config.batch)]
     store: list[Tensor] = []
-    for flip in range(sides):
-        for first in range(0, len(rows), config.batch):
-            images = batches.pictures(rows[first : first + config.batch]).to(device)
-            x = model.normalise(images.flip(3) if flip else images)
-            with cast():
-                maps = model.features(x)
-            if not store:
-                if sides * len(rows) * sum(m[0].nbytes for m in maps) > CACHE_BYTES:
-                    return None
-                store = [m.new_empty((sides, len(rows), *m.shape[1:])) for m in maps]
-            for kept, m in zip(store, maps, strict=True):
-                kept[flip, first : first + len(m)] = m
+    with progress("features of the frozen encoder", len(rows), "pictures") as tick:
+        done = 0
+        for images in ahead(batches.pictures, parts, batches.threads):
+            x = model.normalise(images.to(device, non_blocking=True))
+            for flip in range(sides):
+                with cast():
+                    maps = model.features(x.flip(3) if flip else x)
+                if not store:
+                    if sides * len(rows) * sum(m[0].nbytes for m in maps) > limit:
+                        return None
+                    store = [m.new_empty((sides, len(rows), *m.shape[1:])) for m in maps]
+                for kept, m in zip(store, maps, strict=True):
+                    kept[flip, done : done + len(m)] = m
+            done += len(images)
+            tick(len(images))
     return store
 
 
 class _Guard:
     """Lets single losses that are not finite pass unused, and stops a run of them."""
 
-    def __init__(self, config: DenseConfig) -> None:
+    def __init__(self, config: TransferConfig) -> None:
         self.lr, self.bad = config.lr, 0
 
     def refuses(self, loss: float, step: int, batch: Batch) -> bool:

@@ -1,4 +1,4 @@
-"""Scores of dense predictions, gathered picture by picture in constant memory.
+"""Scores of predictions, gathered picture by picture in constant memory.
 
 `Confusion` gives IoU, accuracy and their means over the whole set (one confusion matrix). `DepthErrors` gives the usual
 depth figures per picture and averages them over pictures, as the MIM protocol does (2205.13543); averaging over pixels
@@ -38,6 +38,32 @@ class Confusion:
             "macc": (hits / truth)[truth > 0].mean().item(),
             "accuracy": (hits.sum() / truth.sum()).item(),
         }
+
+
+class Hits:
+    """Whether the true class of a picture is the first guess, and among the first five; counted by class."""
+
+    def __init__(self, classes: int) -> None:
+        self.first, self.five, self.truth = (torch.zeros(classes, dtype=torch.int64) for _ in range(3))
+
+    def update(self, scores: Tensor, truth: Tensor) -> None:
+        """Add pictures: scores (B, K), the higher the likelier; truth (B,) class ids."""
+        best = scores.topk(min(5, scores.shape[1]), dim=1).indices == truth[:, None]
+        classes = len(self.truth)
+        self.truth += torch.bincount(truth, minlength=classes).cpu()
+        self.first += torch.bincount(truth[best[:, 0]], minlength=classes).cpu()
+        self.five += torch.bincount(truth[best.any(1)], minlength=classes).cpu()
+
+    def accuracy(self) -> Tensor:
+        """Share of each class's pictures that is told (K,), NaN for a class without a picture."""
+        return self.first.double() / self.truth
+
+    def scores(self) -> dict[str, float]:
+        """top1 and top5 over pictures (top5 only where there are more than five classes), and mean_class, the mean of
+        the classes' own accuracies over classes with a picture; shares of 1."""
+        total = self.truth.sum().item()
+        five = {"top5": self.five.sum().item() / total} if len(self.truth) > 5 else {}
+        return {"top1": self.first.sum().item() / total, **five, "mean_class": self.accuracy().nanmean().item()}
 
 
 def depth_errors(predicted: Tensor, truth: Tensor) -> dict[str, float]:

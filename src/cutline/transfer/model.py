@@ -1,4 +1,4 @@
-"""An encoder with a pyramid and a head: the model of every dense task, and how it looks at whole pictures.
+"""An encoder with a head, with a pyramid between them for dense tasks; and how such a model looks at whole pictures.
 
 Shapes: B pictures, C outputs a pixel (classes, or 1 for depth), H and W of any size.
 """
@@ -6,7 +6,7 @@ Shapes: B pictures, C outputs a pixel (classes, or 1 for depth), H and W of any 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -18,36 +18,32 @@ from cutline.transfer.batches import resize_image, stack_images
 from cutline.transfer.pyramid import Pyramid
 
 
-class Dense(nn.Module):
-    """encoder → pyramid → head → output at the picture's resolution; the base of `Segmenter` and `DepthEstimator`.
+class Transferred(nn.Module):
+    """encoder → features → head → output; the base of every task's model.
 
     The encoder is copied, so the one given keeps its weights. A frozen one never leaves eval mode and gets no gradient.
+    A task says what the features are (`features`, what can be kept of a frozen encoder) and what follows (`decode`).
     """
 
-    def __init__(self, encoder: Any, pyramid: Pyramid, head: nn.Module, frozen: bool) -> None:
+    def __init__(self, encoder: Any, head: nn.Module, frozen: bool) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder)
         self.encoder.requires_grad_(not frozen)
-        # Channels-last makes bilinear resizing and its gradient some ten times faster on CPUs, and changes no value.
-        self.pyramid: Pyramid = pyramid.to(memory_format=torch.channels_last)
-        self.head: nn.Module = head.to(memory_format=torch.channels_last)
+        self.head = head
         self.frozen = frozen
         self.num_layers: int = encoder.num_layers
         self.source: str = encoder.name
         self.source_hash: str = encoder.hash  # of the encoder it began with
         self.labels = self.skipped = 0  # training pictures used, and those that could not be
-        self.auxiliary: nn.Module | None = None  # a second head that only training sees, and the weight of its loss
-        self.auxiliary_weight = 0.0
-        self.train()
 
-    def train(self, mode: bool = True) -> "Dense":
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
         return self
 
     def layer_of(self, name: str) -> int:
-        """The encoder's own layer of a parameter, or `num_layers` + 1 for pyramid and head."""
+        """The encoder's own layer of a parameter, or `num_layers` + 1 for what follows the encoder."""
         prefix = "encoder."
         return self.encoder.layer_of(name[len(prefix) :]) if name.startswith(prefix) else self.num_layers + 1
 
@@ -57,6 +53,37 @@ class Dense(nn.Module):
             torch.tensor(v, device=images.device).view(1, 3, 1, 1) * 255 for v in (self.encoder.mean, self.encoder.std)
         )
         return (images.float() - mean) / std
+
+    def features(self, images: Tensor) -> list[Tensor]:
+        """What is read of the encoder, each (B, …), of normalised pictures (B, 3, H, W)."""
+        raise NotImplementedError(type(self).__name__)
+
+    def decode(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
+        """The output from `features` of pictures of that size."""
+        raise NotImplementedError(type(self).__name__)
+
+    def outputs(self, maps: Sequence[Tensor], size: tuple[int, int]) -> list[tuple[float, Tensor]]:
+        """What training learns from, each with its weight in the loss."""
+        return [(1.0, self.decode(maps, size))]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The float32 output for normalised pictures (B, 3, H, W)."""
+        return self.decode(self.features(images), (images.shape[2], images.shape[3]))
+
+
+class Dense(Transferred):
+    """encoder → pyramid → head → output at the picture's resolution; the base of `Segmenter` and `DepthEstimator`.
+
+    Output (B, C, H, W): logits, or depth in metres.
+    """
+
+    def __init__(self, encoder: Any, pyramid: Pyramid, head: nn.Module, frozen: bool) -> None:
+        # Channels-last makes bilinear resizing and its gradient some ten times faster on CPUs, and changes no value.
+        super().__init__(encoder, head.to(memory_format=torch.channels_last), frozen)
+        self.pyramid: Pyramid = pyramid.to(memory_format=torch.channels_last)
+        self.auxiliary: nn.Module | None = None  # a second head that only training sees, and the weight of its loss
+        self.auxiliary_weight = 0.0
+        self.train()
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The maps that the pyramid reads, of normalised pictures padded (right, bottom) to its multiple."""
@@ -84,10 +111,6 @@ class Dense(nn.Module):
         padded = self._padded(*size)
         out = F.interpolate(out, padded, mode="bilinear", align_corners=False)
         return out if padded == size else out[:, :, : size[0], : size[1]]  # a cut costs a copy in the backward pass
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Normalised pictures (B, 3, H, W) to (B, C, H, W) float32: logits, or depth in metres."""
-        return self.decode(self.features(images), (images.shape[2], images.shape[3]))
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
         m = self.pyramid.multiple

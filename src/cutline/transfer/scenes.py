@@ -1,15 +1,25 @@
-"""The embedded world as dense data. Train, val and test are scenes of different seeds, so that none meets another.
+"""The embedded world as labelled data. Train, val and test are scenes of different seeds, so that none meets another.
 
 `scenes:n=1000,size=64,seed=1` trains on the first scenes of seed 1 and scores on as many of seed 1 + 1,000,003 (val) or
 seed 1 + 2,000,003 (test) as the task's config says, 500 unless told otherwise.
+
+For "classify" a picture is a scene whose objects are all of one kind (a fifth of all scenes: one car, three pears), and
+its class is that kind, one of 96, or of `objects=24`, 32, …; n counts these pictures. Nothing is cropped: they are
+scenes like those an encoder was trained on.
 """
 
 import functools
+import threading
 
 import numpy as np
+from numpy.typing import NDArray
 
+from cutline.errors import DataError
+from cutline.progress import progress
 from cutline.record import fingerprint
 from cutline.scenes import CLASSES, Scenes, parse_spec
+from cutline.scenes.layout import intended, kinds_of
+from cutline.scenes.objects import OBJECTS
 from cutline.transfer.data import DenseData, Sample, Split, Task
 
 SEEDS = {"train": 0, "val": 1_000_003, "test": 2_000_003}
@@ -23,10 +33,13 @@ def open(rest: str, task: Task) -> DenseData:
     """Open `scenes:n=…,size=…,seed=…`; scenes are rendered when read."""
     config = parse_spec(f"scenes:{rest}")
     counts = {"train": config.n, "val": HELD_OUT, "test": HELD_OUT}
+    most = 2**40 - 1 if task == "classify" else 0  # scenes to choose from
     worlds = {
-        name: Scenes(config.model_copy(update={"seed": config.seed + shift, "n": counts[name]}))
+        name: Scenes(config.model_copy(update={"seed": config.seed + shift, "n": most or counts[name]}))
         for name, shift in SEEDS.items()
     }
+    if task == "classify":
+        return _classes(rest, worlds, counts)
     column = "semantic" if task == "segment" else "depth"
     splits = {name: _split(name, world, column) for name, world in worlds.items()}
     contents = fingerprint({name: world.fingerprint for name, world in worlds.items()}, column)
@@ -41,3 +54,60 @@ def _split(name: str, world: Scenes, column: str) -> Split:
         return Sample(found["key"], found["image"], target)
 
     return Split(name, [f"{name}/{i}" for i in range(len(world))], read)
+
+
+class _Singles:
+    """The scenes of a world that are to show objects of one kind only, found one after the other when asked for."""
+
+    def __init__(self, world: Scenes) -> None:
+        self.world, self.found, self.next = world, list[tuple[int, int]](), 0
+        self.lock = threading.Lock()
+
+    def at(self, place: int) -> tuple[int, int]:
+        """Index and kind of the scene at this place among them."""
+        config = self.world.config
+        with self.lock:
+            while len(self.found) <= place:
+                kinds = set(intended(config.seed, self.next, config.objects))
+                if len(kinds) == 1:
+                    self.found.append((self.next, kinds.pop()))
+                self.next += 1
+            return self.found[place]
+
+
+def _classes(rest: str, worlds: dict[str, Scenes], counts: dict[str, int]) -> DenseData:
+    kinds = kinds_of(worlds["train"].config.objects)
+    singles = {name: _Singles(world) for name, world in worlds.items()}
+    with progress("scenes of one kind", counts["train"], "scenes") as tick:
+        labels = []
+        for place in range(counts["train"]):
+            labels.append(kinds.index(singles["train"].at(place)[1]))
+            tick()
+    missing = [OBJECTS[k].name for i, k in enumerate(kinds) if i not in set(labels)]
+    if missing:
+        raise DataError(
+            f"scenes:{rest} has no picture of {len(missing)} of its {len(kinds)} classes ({', '.join(missing[:3])}) "
+            f"in train: take n={10 * len(kinds)} or more, or fewer classes with objects=24."
+        )
+    splits = {
+        name: _class_split(name, found, counts[name], kinds, np.array(labels) if name == "train" else None)
+        for name, found in singles.items()
+    }
+    contents = fingerprint({n: w.fingerprint for n, w in worlds.items()}, counts, "classify")
+    names = [OBJECTS[k].name for k in kinds]
+    return DenseData("classify", f"scenes:{rest}", splits, names, contents, default_pictures=PICTURES)
+
+
+def _class_split(
+    name: str,
+    singles: _Singles,
+    count: int,
+    kinds: tuple[int, ...],
+    labels: NDArray[np.int64] | None,
+) -> Split:
+    def read(row: int) -> Sample:
+        index, kind = singles.at(row)
+        found = singles.world.read([index], ["key", "image"])[0]
+        return Sample(found["key"], found["image"], np.array(kinds.index(kind)))
+
+    return Split(name, [f"{name}/{i}" for i in range(count)], read, labels)

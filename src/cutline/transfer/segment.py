@@ -23,12 +23,12 @@ from cutline.errors import DataError
 from cutline.record import Result, fingerprint
 from cutline.transfer import heads, pyramid
 from cutline.transfer.data import DenseData, open_data
-from cutline.transfer.finetune import Prepared, encoder_of, finetune
+from cutline.transfer.finetune import PreparedDense, encoder_of, finetune
 from cutline.transfer.metrics import IGNORE, Confusion
 from cutline.transfer.model import Dense, Look, by_shape
 from cutline.transfer.options import DenseConfig, SplitName, default_channels, look, seeded
+from cutline.transfer.run import run
 from cutline.transfer.scoring import protocol, scored_rows, shown
-from cutline.transfer.store import save
 
 
 class SegmentConfig(DenseConfig):
@@ -112,10 +112,10 @@ def fit(encoder: Any, data: str | DenseData, config: SegmentConfig, out: Path | 
     The model's `config` has every open choice filled in.
     """
     start, opened = encoder_of(encoder, config), open_data(data, "segment")
-    prepared = Prepared(config, opened, max(start.channels))
+    prepared = PreparedDense(config, opened, max(start.channels))
     with seeded(config):
         model = Segmenter(start, prepared.config, opened.classes)
-        finetune(model, prepared, cross_entropy, IGNORE, out)
+        finetune(model, prepared, prepared.batches(start.mean, IGNORE), cross_entropy, out)
     model.labels, model.skipped = len(prepared.rows), prepared.skipped
     return model
 
@@ -145,16 +145,12 @@ def score(model: Segmenter, data: str | DenseData, split: SplitName | None = Non
 
 def segment(encoder: Any, data: str | DenseData, config: SegmentConfig, out: Path | None = None) -> Result:
     """`fit`, then `score`; with `out`, write there result.json, the model, metrics.jsonl and a grid of predictions."""
-    begun = time.monotonic()
     opened = open_data(data, "segment")
-    model = fit(encoder, opened, config, out)
-    if out is not None:
-        save(model, out / "model")  # before scoring, which bad pictures may stop
-    result = score(model, opened).model_copy(update={"seconds": time.monotonic() - begun})
-    if out is not None:
+
+    def draw(model: Segmenter, path: Path) -> None:
         from cutline.transfer.draw import class_grid
 
         samples = shown(model.config, opened)
-        class_grid(out / "samples.png", samples, model.predict([s.image for s in samples]), model.classes)
-        result.write(out)
-    return result
+        class_grid(path, samples, model.predict([s.image for s in samples]), model.classes)
+
+    return run(lambda: fit(encoder, opened, config, out), lambda model: score(model, opened), draw, out)

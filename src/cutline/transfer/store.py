@@ -19,13 +19,14 @@ from cutline.towers.encoder import Encoder, wrap
 from cutline.towers.store import SCRATCH
 from cutline.towers.store import build as build_tower
 from cutline.towers.store import load as load_tower
-from cutline.transfer.model import Dense
+from cutline.transfer.model import Transferred
 
 CONFIG, WEIGHTS = "transfer.json", "model.safetensors"
+TASKS = {"Segmenter": "segment", "DepthEstimator": "depth", "Classifier": "classify"}  # by the kind in `CONFIG`
 
 
-def save(model: Dense, folder: str | Path) -> Path:
-    """Write a `Segmenter` or `DepthEstimator` into `folder`, the weights atomically."""
+def save(model: Transferred, folder: str | Path) -> Path:
+    """Write a `Segmenter`, `DepthEstimator` or `Classifier` into `folder`, the weights atomically."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -57,7 +58,9 @@ def save(model: Dense, folder: str | Path) -> Path:
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
-    """The `Segmenter` or `DepthEstimator` in `folder` (or in its `model/`), in eval mode; raises `DataError`."""
+    """The `Segmenter`, `DepthEstimator` or `Classifier` in `folder` (or in its `model/`), in eval mode; raises
+    `DataError`."""
+    from cutline.transfer.classify import Classifier, ClassifyConfig
     from cutline.transfer.depth import DepthConfig, DepthEstimator
     from cutline.transfer.segment import SegmentConfig, Segmenter
 
@@ -65,11 +68,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     try:
         content = describe(path)
         encoder = _encoder(content["encoder"])
-        model: Dense
+        model: Transferred
         if content["kind"] == "Segmenter":
             model = Segmenter(encoder, SegmentConfig.model_validate(content["config"]), content["classes"])
-        else:
+        elif content["kind"] == "DepthEstimator":
             model = DepthEstimator(encoder, DepthConfig.model_validate(content["config"]))
+        else:
+            config = ClassifyConfig.model_validate(content["config"])
+            model = Classifier(encoder, config, content["classes"], content["trained"])
         model.load_state_dict(load_file(path / WEIGHTS))
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise DataError(f"cannot read the transferred model in {str(path)!r}: {e}") from e
