@@ -285,7 +285,7 @@ def test_a_line_of_a_list_that_is_no_pair_is_named(tmp_path: Path) -> None:
 
 def test_no_val_says_that_there_is_a_test_split(tmp_path: Path, encoder: Any) -> None:
     made.nyuv2(tmp_path)
-    with pytest.raises(DataError, match="has no split 'val'; it has train, test. Say split=test"):
+    with pytest.raises(DataError, match="has no split 'val'; it has train, test. Say which one to score"):
         depth(encoder, f"nyuv2:{tmp_path}", DepthConfig(steps=1))
 
 
