@@ -1,4 +1,4 @@
-"""The training loop that segmentation and depth share.
+"""The training loop that the tasks share.
 
 AdamW with layer-wise decay, linear warm-up, polynomial (or cosine) decay. When the encoder is frozen and batches are
 whole pictures, its features are computed once for every picture and its mirror image, which gives the same numbers as
@@ -8,9 +8,9 @@ computing them at every step.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,8 +23,8 @@ from cutline.train.device import device_of
 from cutline.train.optim import param_groups, schedule, set_lr
 from cutline.transfer.batches import Batch, Batches, Cut
 from cutline.transfer.data import DenseData, labelled
-from cutline.transfer.model import Dense
-from cutline.transfer.options import DenseConfig, autocast, default_channels, look, seeded
+from cutline.transfer.model import Dense, Tuned
+from cutline.transfer.options import DenseConfig, TransferConfig, autocast, default_channels, look, seeded
 
 NONFINITE = 5  # losses in a row that are not finite before a run stops
 CACHE_BYTES = 2 << 30  # frozen features kept at most
@@ -32,14 +32,22 @@ LOG_EVERY = 10
 EPOCHS, LEAST, MOST = 20, 400, 160_000  # of `steps` when not given
 CROP = 512  # largest side of a crop when not given
 
-C = TypeVar("C", bound=DenseConfig)
+C = TypeVar("C", bound=TransferConfig)
+D = TypeVar("D", bound=DenseConfig)
+B = TypeVar("B", bound="Keyed")
 Loss = Callable[[Tensor, Tensor], Tensor]  # (output (B, C, H, W) float32, target (B, H, W)) → scalar
 
 
-class Prepared(Generic[C]):
-    """A config with nothing left open, the training rows that can be read, and how many could not."""
+class Keyed(Protocol):
+    """A batch that can name its pictures."""
 
-    def __init__(self, config: C, data: DenseData, width: int) -> None:
+    keys: list[str]
+
+
+class Planned(Generic[C]):
+    """The training rows that can be read and how many could not, and how long to train on them."""
+
+    def __init__(self, config: C, data: DenseData) -> None:
         data.split(config.split)  # told before training, not after
         self.split = data.split("train")
         chosen = labelled(len(self.split), config.labels, config.seed)
@@ -47,16 +55,19 @@ class Prepared(Generic[C]):
         self.skipped = sum(skipped.values())
         self.steps = config.steps or min(max(LEAST, EPOCHS * len(self.rows) // config.batch), MOST)
         self.warmup = min(1500, self.steps // 20) if config.warmup is None else config.warmup
+        self.config: C = config.model_copy(update={"steps": self.steps, "warmup": self.warmup})
+
+
+class Prepared(Planned[D]):
+    """A config of a dense task with nothing left open, and what `Planned` holds."""
+
+    def __init__(self, config: D, data: DenseData, width: int) -> None:
+        super().__init__(config, data)
         self.crop = config.crop or self._crop(config.short)
         channels = config.channels or default_channels(width)
-        self.config: C = config.model_copy(
-            update={
-                "steps": self.steps,
-                "warmup": self.warmup,
-                "crop": self.crop,
-                "channels": channels,
-                "pyramid_channels": config.pyramid_channels or min(256, channels),
-            }
+        between = config.pyramid_channels or min(256, channels)
+        self.config = self.config.model_copy(
+            update={"crop": self.crop, "channels": channels, "pyramid_channels": between}
         )
         look(self.config)  # a stride that leaves pixels out is told before training, too
 
@@ -71,7 +82,7 @@ class Prepared(Generic[C]):
         return side, side
 
 
-def encoder_of(source: Any, config: DenseConfig) -> Encoder:
+def encoder_of(source: Any, config: TransferConfig) -> Encoder:
     """An `Encoder` as it is; a model, a run directory or any name that `towers.load` takes, wrapped as one.
 
     The random weights of "scratch:NAME" follow from the config's seed.
@@ -81,33 +92,48 @@ def encoder_of(source: Any, config: DenseConfig) -> Encoder:
 
 
 def finetune(model: Dense, prepared: Prepared[Any], loss: Loss, empty: int, out: Path | None) -> None:
-    """Train `model` in place by `prepared.config` and leave it in eval mode.
+    """Train a dense `model` in place by `prepared.config` and leave it in eval mode; see `train`.
 
-    empty: target outside of a picture. Writes `metrics.jsonl` into `out`. Raises `TrainingError` after `NONFINITE`
-    losses in a row that are not finite; single ones are skipped and logged.
+    empty: target outside of a picture.
     """
     config: DenseConfig = prepared.config
     device, cast = device_of(config.device), autocast(config)
     model.to(device).train()
+    cut = Cut(prepared.crop, config.scale, config.flip, config.short, mean_colour(model.encoder), empty)
+    batches = Batches(prepared.split, prepared.rows, config.batch, config.seed, cut)
+    cache = _frozen_features(model, batches, config) if config.frozen and batches.whole else None
+
+    def value(batch: Batch) -> Tensor:
+        with cast():
+            output = _output(model, batch, cache, device)
+        return loss(output.float(), batch.targets.to(device, non_blocking=True))
+
+    train(model, prepared, batches.iterate(0, prepared.steps), value, out)
+
+
+def train(
+    model: Tuned, planned: Planned[Any], batches: Iterator[B], loss: Callable[[B], Tensor], out: Path | None
+) -> None:
+    """Train `model` in place by `planned.config` and leave it in eval mode. loss: of a batch, a scalar.
+
+    Writes `metrics.jsonl` into `out`. Raises `TrainingError` after `NONFINITE` losses in a row that are not finite;
+    single ones are skipped and logged.
+    """
+    config: TransferConfig = planned.config
+    model.to(device_of(config.device)).train()
     regular = config.drop_path > 0 and not config.frozen
     if regular:
         model.encoder.set_drop_path(config.drop_path)
-    red, green, blue = (round(255 * m) for m in model.encoder.mean)
-    cut = Cut(prepared.crop, config.scale, config.flip, config.short, (red, green, blue), empty)
-    batches = Batches(prepared.split, prepared.rows, config.batch, config.seed, cut)
-    cache = _frozen_features(model, batches, config) if config.frozen and batches.whole else None
     groups = param_groups(model, config.lr, config.weight_decay, config.layer_decay, model.layer_of, model.num_layers)
     optimiser, guard = torch.optim.AdamW(groups, fused=True), _Guard(config)
     label = "training the head" if config.frozen else "fine-tuning"
-    with progress(label, prepared.steps, "steps") as tick, _Log(out) as log:
-        for step, batch in enumerate(batches.iterate(0, prepared.steps)):
-            lr = config.lr * schedule(step, prepared.steps, prepared.warmup, config.schedule, config.power)
+    with progress(label, planned.steps, "steps") as tick, _Log(out) as log:
+        for step, batch in enumerate(batches):
+            lr = config.lr * schedule(step, planned.steps, planned.warmup, config.schedule, config.power)
             set_lr(optimiser, lr)
-            with cast():
-                output = _output(model, batch, cache, device)
-            value = loss(output.float(), batch.targets.to(device, non_blocking=True))
+            value = loss(batch)
             number = value.item()
-            if guard.refuses(number, step, batch):
+            if guard.refuses(number, step, batch.keys):
                 log(step, skipped="the loss is not finite")
                 continue
             optimiser.zero_grad()
@@ -115,12 +141,18 @@ def finetune(model: Dense, prepared: Prepared[Any], loss: Loss, empty: int, out:
             if config.clip:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
             optimiser.step()
-            if step % LOG_EVERY == 0 or step == prepared.steps - 1:
+            if step % LOG_EVERY == 0 or step == planned.steps - 1:
                 log(step, loss=number, lr=lr)
             tick(1, f"loss {number:.3f}")
     if regular:
         model.encoder.set_drop_path(0.0)
     model.eval()
+
+
+def mean_colour(encoder: Encoder) -> tuple[int, int, int]:
+    """The colour that an encoder's normalisation makes zero, 0 … 255."""
+    red, green, blue = (round(255 * m) for m in encoder.mean)
+    return red, green, blue
 
 
 def _output(model: Dense, batch: Batch, cache: list[Tensor] | None, device: torch.device) -> Tensor:
@@ -155,10 +187,10 @@ def _frozen_features(model: Dense, batches: Batches, config: DenseConfig) -> lis
 class _Guard:
     """Lets single losses that are not finite pass unused, and stops a run of them."""
 
-    def __init__(self, config: DenseConfig) -> None:
+    def __init__(self, config: TransferConfig) -> None:
         self.lr, self.bad = config.lr, 0
 
-    def refuses(self, loss: float, step: int, batch: Batch) -> bool:
+    def refuses(self, loss: float, step: int, keys: list[str]) -> bool:
         if math.isfinite(loss):
             self.bad = 0
             return False
@@ -166,7 +198,7 @@ class _Guard:
         if self.bad >= NONFINITE:
             raise TrainingError(
                 f"the loss was not finite {self.bad} times in a row, at step {step} with the pictures "
-                f"{', '.join(batch.keys)}. Lower lr={self.lr} or set clip=1.0."
+                f"{', '.join(keys)}. Lower lr={self.lr} or set clip=1.0."
             )
         return True
 

@@ -6,7 +6,7 @@ Shapes: B pictures, C outputs a pixel (classes, or 1 for depth), H and W of any 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -18,27 +18,25 @@ from cutline.transfer.batches import resize_image, stack_images
 from cutline.transfer.pyramid import Pyramid
 
 
-class Dense(nn.Module):
-    """encoder → pyramid → head → output at the picture's resolution; the base of `Segmenter` and `DepthEstimator`.
+class Tuned(nn.Module):
+    """A copy of an encoder, to be trained or left frozen, and a pyramid on its maps: what the models of all tasks share.
 
     The encoder is copied, so the one given keeps its weights. A frozen one never leaves eval mode and gets no gradient.
     """
 
-    def __init__(self, encoder: Any, pyramid: Pyramid, head: nn.Module, frozen: bool) -> None:
+    def __init__(self, encoder: Any, pyramid: Pyramid, frozen: bool) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder)
         self.encoder.requires_grad_(not frozen)
         # Channels-last makes bilinear resizing and its gradient some ten times faster on CPUs, and changes no value.
         self.pyramid: Pyramid = pyramid.to(memory_format=torch.channels_last)
-        self.head: nn.Module = head.to(memory_format=torch.channels_last)
         self.frozen = frozen
         self.num_layers: int = encoder.num_layers
         self.source: str = encoder.name
         self.source_hash: str = encoder.hash  # of the encoder it began with
         self.labels = self.skipped = 0  # training pictures used, and those that could not be
-        self.train()
 
-    def train(self, mode: bool = True) -> "Dense":
+    def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
@@ -49,13 +47,6 @@ class Dense(nn.Module):
         prefix = "encoder."
         return self.encoder.layer_of(name[len(prefix) :]) if name.startswith(prefix) else self.num_layers + 1
 
-    def normalise(self, images: Tensor) -> Tensor:
-        """uint8 (B, 3, H, W) to what `forward` takes."""
-        mean, std = (
-            torch.tensor(v, device=images.device).view(1, 3, 1, 1) * 255 for v in (self.encoder.mean, self.encoder.std)
-        )
-        return (images.float() - mean) / std
-
     def features(self, images: Tensor) -> list[Tensor]:
         """The maps that the pyramid reads, of normalised pictures padded (right, bottom) to its multiple."""
         h, w = self._padded(images.shape[2], images.shape[3])
@@ -64,6 +55,26 @@ class Dense(nn.Module):
         with torch.no_grad() if self.frozen else nullcontext():
             maps = self.encoder(padded)
         return [maps[i].contiguous(memory_format=torch.channels_last) for i in self.pyramid.uses]
+
+    def _padded(self, height: int, width: int) -> tuple[int, int]:
+        m = self.pyramid.multiple
+        return -(-height // m) * m, -(-width // m) * m
+
+
+class Dense(Tuned):
+    """encoder → pyramid → head → output at the picture's resolution; the base of `Segmenter` and `DepthEstimator`."""
+
+    def __init__(self, encoder: Any, pyramid: Pyramid, head: nn.Module, frozen: bool) -> None:
+        super().__init__(encoder, pyramid, frozen)
+        self.head: nn.Module = head.to(memory_format=torch.channels_last)
+        self.train()
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 (B, 3, H, W) to what `forward` takes."""
+        mean, std = (
+            torch.tensor(v, device=images.device).view(1, 3, 1, 1) * 255 for v in (self.encoder.mean, self.encoder.std)
+        )
+        return (images.float() - mean) / std
 
     def decode(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Output (B, C, *size) from `features` of pictures of that size."""
@@ -75,10 +86,6 @@ class Dense(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pictures (B, 3, H, W) to (B, C, H, W) float32: logits, or depth in metres."""
         return self.decode(self.features(images), (images.shape[2], images.shape[3]))
-
-    def _padded(self, height: int, width: int) -> tuple[int, int]:
-        m = self.pyramid.multiple
-        return -(-height // m) * m, -(-width // m) * m
 
 
 class Look:

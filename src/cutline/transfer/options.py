@@ -1,4 +1,4 @@
-"""The config that segmentation and depth share, and what follows from it: device, precision, seeds."""
+"""The configs that the tasks share, and what follows from them: device, precision, seeds."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -15,23 +15,15 @@ from cutline.transfer.model import Look
 SplitName = Literal["train", "val", "test"]
 
 
-class DenseConfig(Config):
-    """Options of every dense task. `None` means: chosen from the data and the encoder, and written in the protocol.
+class TransferConfig(Config):
+    """Options of every task. `None` means: chosen from the data and the encoder, and written in the protocol.
 
     frozen: train the head alone. labels: how many training pictures to use, or which share (nested subsets by `seed`).
     steps: default 20 passes over them, at least 400 and at most 160,000 (mmsegmentation's ADE20K). lr: peak, of the
-    head; layer k of the encoder gets lr · layer_decay^(layers + 1 - k). warmup: steps. crop: default the whole picture
-    when all have one size of at most 512 px, else a square of the smallest short side, at most 512. short: first
-    resize the short side to this many pixels, in training and in test. test: "whole" pictures, or "slide" with windows
-    of `crop` every `stride` pixels (default half the crop). test_flip: average with the mirror image. split, pictures:
-    what is scored, and how many at most. channels: width of the head, default by the encoder's width;
-    pyramid_channels: of the ViTDet pyramid (256 in the paper). precision: "auto" is bf16 autocast on CUDA and float32
-    elsewhere.
+    head; layer k of the encoder gets lr · layer_decay^(layers + 1 - k). warmup: steps. split, pictures: what is
+    scored, and how many at most. precision: "auto" is bf16 autocast on CUDA and float32 elsewhere.
     """
 
-    pyramid: Literal["vitdet", "taps"] = "vitdet"
-    channels: int | None = Field(None, ge=1)
-    pyramid_channels: int | None = Field(None, ge=1)
     frozen: bool = False
     labels: int | float | None = None
     steps: int | None = Field(None, ge=1)
@@ -41,21 +33,43 @@ class DenseConfig(Config):
     layer_decay: float = Field(0.65, gt=0, le=1)
     drop_path: float = Field(0.1, ge=0, lt=1)
     warmup: int | None = Field(None, ge=0)
-    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    schedule: Literal["poly", "cosine", "constant", "drops"] = "poly"
     power: float = Field(1.0, gt=0)
     clip: float | None = Field(None, gt=0)
-    crop: tuple[int, int] | None = None
-    scale: tuple[float, float] = (1.0, 1.0)
-    short: int | None = Field(None, ge=16)
     flip: bool = True
-    test: Literal["whole", "slide"] = "whole"
-    stride: int | None = Field(None, ge=1)
-    test_flip: bool = False
     split: SplitName = "val"
     pictures: int | None = Field(None, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     seed: int = 0
+
+    @field_validator("labels")
+    @classmethod
+    def _labels(cls, value: int | float | None) -> int | float | None:
+        if value is not None and (value <= 0 or (isinstance(value, float) and value >= 1)):
+            raise ValueError("a number of pictures (at least 1) or a share between 0 and 1")
+        return value
+
+
+class DenseConfig(TransferConfig):
+    """Options of segmentation and depth.
+
+    crop: default the whole picture when all have one size of at most 512 px, else a square of the smallest short side,
+    at most 512. short: first resize the short side to this many pixels, in training and in test. test: "whole"
+    pictures, or "slide" with windows of `crop` every `stride` pixels (default half the crop). test_flip: average with
+    the mirror image. channels: width of the head, default by the encoder's width; pyramid_channels: of the ViTDet
+    pyramid (256 in the paper).
+    """
+
+    pyramid: Literal["vitdet", "taps"] = "vitdet"
+    channels: int | None = Field(None, ge=1)
+    pyramid_channels: int | None = Field(None, ge=1)
+    crop: tuple[int, int] | None = None
+    scale: tuple[float, float] = (1.0, 1.0)
+    short: int | None = Field(None, ge=16)
+    test: Literal["whole", "slide"] = "whole"
+    stride: int | None = Field(None, ge=1)
+    test_flip: bool = False
 
     @field_validator("crop", mode="before")
     @classmethod
@@ -72,16 +86,14 @@ class DenseConfig(Config):
     @field_validator("scale")
     @classmethod
     def _rising(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("a range of factors, from small to large")
-        return value
+        return rising(value)
 
-    @field_validator("labels")
-    @classmethod
-    def _labels(cls, value: int | float | None) -> int | float | None:
-        if value is not None and (value <= 0 or (isinstance(value, float) and value >= 1)):
-            raise ValueError("a number of pictures (at least 1) or a share between 0 and 1")
-        return value
+
+def rising(value: tuple[float, float]) -> tuple[float, float]:
+    """A range of factors as it is; `ValueError` for one that does not rise from above 0."""
+    if not 0 < value[0] <= value[1]:
+        raise ValueError("a range of factors, from small to large")
+    return value
 
 
 def default_channels(width: int) -> int:
@@ -89,20 +101,20 @@ def default_channels(width: int) -> int:
     return max(64, min(512, width // 3 // 64 * 64))
 
 
-def autocast(config: DenseConfig) -> Callable[[], AbstractContextManager[Any]]:
+def autocast(config: TransferConfig) -> Callable[[], AbstractContextManager[Any]]:
     """A maker of contexts of the config's precision."""
     device, half = device_of(config.device), precision(config) == "bf16"
     return lambda: torch.autocast(device.type, torch.bfloat16, enabled=half)
 
 
-def precision(config: DenseConfig) -> str:
+def precision(config: TransferConfig) -> str:
     """What "auto" comes to on the config's device: "bf16" or "fp32"."""
     auto = "bf16" if device_of(config.device).type == "cuda" else "fp32"
     return auto if config.precision == "auto" else config.precision
 
 
 @contextmanager
-def seeded(config: DenseConfig) -> Iterator[None]:
+def seeded(config: TransferConfig) -> Iterator[None]:
     """The body's random numbers depend on the seed alone, and the caller's generators are left as they were."""
     device = device_of(config.device)
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

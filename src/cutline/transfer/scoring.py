@@ -5,11 +5,11 @@ from typing import Any
 from cutline.errors import DataError
 from cutline.record import Protocol
 from cutline.transfer.data import DenseData, Sample, Skip, Split
-from cutline.transfer.model import Dense
-from cutline.transfer.options import DenseConfig, precision
+from cutline.transfer.model import Tuned
+from cutline.transfer.options import TransferConfig, precision
 
 
-def scored_rows(config: DenseConfig, data: DenseData) -> tuple[Split, list[int], int]:
+def scored_rows(config: TransferConfig, data: DenseData) -> tuple[Split, list[int], int]:
     """The split to score, the rows of it that can be read, and how many were skipped."""
     split = data.split(config.split)
     wanted = config.pictures or data.default_pictures or len(split)
@@ -20,7 +20,7 @@ def scored_rows(config: DenseConfig, data: DenseData) -> tuple[Split, list[int],
 
 
 def protocol(
-    task: str, config: DenseConfig, data: DenseData, model: Dense, scored: int, skipped: int, **settings: Any
+    task: str, config: TransferConfig, data: DenseData, model: Tuned, scored: int, skipped: int, **settings: Any
 ) -> Protocol:
     """How a score of `task` was measured: everything in the config, the data and what of them could be read."""
     values = config.model_dump(mode="json", exclude={"seed", "split", "device"})
@@ -38,7 +38,7 @@ def protocol(
     )
 
 
-def shown(config: DenseConfig, data: DenseData, count: int = 6) -> list[Sample]:
+def shown(config: TransferConfig, data: DenseData, count: int = 6) -> list[Sample]:
     """A few samples spread over the scored split, for a look at predictions."""
     split = data.split(config.split)
     total = min(config.pictures or data.default_pictures or len(split), len(split))
