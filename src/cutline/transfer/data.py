@@ -1,8 +1,9 @@
-"""Dense data: pictures with a class map or a depth map, read from a SPEC `kind:path[,option=value…]`.
+"""Data: pictures with a class map, a depth map or objects, read from a SPEC `kind:path[,option=value…]`.
 
     camvid:PATH     {train,val}/{images,masks}, index PNG, classes.txt; the class "unlabelled" does not count
     folder:PATH[,ignore=0+255][,scale=0.001]      {train,val[,test]}/{images,masks|depth}, see `folder`
     scenes:n=1000,size=64,seed=1    the embedded world; train, val and test are different worlds, see `scenes`
+    coco:PATH, voc:PATH    objects in COCO's JSON and VOC's XML, see `coco_boxes` and `voc_boxes`
 
 A kind is one module with `open(rest, task) -> DenseData`. Pictures are decoded when first needed and kept while they
 fit in `CACHE_BYTES`. One that cannot be used (broken, no mask, wrong size, labels out of range) raises `Skip`; `usable`
@@ -26,8 +27,9 @@ from numpy.typing import NDArray
 from cutline.errors import DataError
 from cutline.progress import progress
 
-Task = Literal["segment", "depth"]
+Task = Literal["segment", "depth", "detect"]
 KINDS = ("camvid", "folder", "scenes")
+OBJECTS = {"coco": "coco_boxes", "folder": "folder", "scenes": "scenes", "voc": "voc_boxes"}  # of detection: modules
 CACHE_BYTES = 4 << 30  # decoded pictures of one split kept in memory
 SKIP_SHARE = 0.1
 
@@ -42,11 +44,14 @@ class Skip(DataError):
 
 @dataclass
 class Sample:
-    """image (H, W, 3) uint8; target (H, W), int16 class ids or `metrics.IGNORE`, or float32 metres, 0 = no reading."""
+    """image (H, W, 3) uint8; target (H, W), int16 class ids or `metrics.IGNORE`, or float32 metres, 0 = no reading.
+
+    In detection the target is an `objects.Objects`.
+    """
 
     key: str
     image: NDArray[np.uint8]
-    target: NDArray[Any]
+    target: Any
 
 
 class Split:
@@ -140,11 +145,12 @@ def open_data(spec: str | DenseData, task: Task) -> DenseData:
             raise DataError(f"{spec.spec} was opened for {spec.task}: open it with open_data(spec, {task!r}).")
         return spec
     kind, colon, rest = spec.partition(":")
-    if not colon or kind not in KINDS:
-        near = difflib.get_close_matches(kind, KINDS, n=1)
-        hint = f"did you mean '{near[0]}:{rest or '…'}'?" if near else f"known kinds: {', '.join(KINDS)}."
+    kinds = OBJECTS if task == "detect" else dict(zip(KINDS, KINDS))
+    if not colon or kind not in kinds:
+        near = difflib.get_close_matches(kind, kinds, n=1)
+        hint = f"did you mean '{near[0]}:{rest or '…'}'?" if near else f"known kinds: {', '.join(kinds)}."
         raise DataError(f"data {spec!r} is not of the form kind:path with a known kind: {hint}")
-    data: DenseData = importlib.import_module(f"cutline.transfer.{kind}").open(rest, task)
+    data: DenseData = importlib.import_module(f"cutline.transfer.{kinds[kind]}").open(rest, task)
     return data
 
 

@@ -28,6 +28,10 @@ NO_CLASS = {"unlabelled", "unlabeled", "void", "ignore"}
 
 def open(rest: str, task: Task) -> DenseData:
     """Open `folder:PATH[,ignore=0+255][,scale=0.001]`."""
+    if task == "detect":
+        from cutline.transfer.coco_boxes import open_folder
+
+        return open_folder(rest)
     path, options = _options(rest)
     root = Path(path)
     pairs = {name: _pairs(root / name, task) for name in ("train", "val", "test") if (root / name).is_dir()}
@@ -87,7 +91,7 @@ def _split(name: str, pairs: list[tuple[Path, Path | None]], read_target: Callab
         picture, target = pairs[row]
         if target is None:
             raise Skip("no target", f"{picture} has no mask or depth map of the same name beside it.")
-        image = _image(picture)
+        image = read_image(picture)
         try:
             values = read_target(target)
         except DataError:  # a package is missing, and the file is not to blame
@@ -104,7 +108,8 @@ def _split(name: str, pairs: list[tuple[Path, Path | None]], read_target: Callab
     return Split(name, [p.stem for p, _ in pairs], read)
 
 
-def _image(path: Path) -> NDArray[np.uint8]:
+def read_image(path: Path) -> NDArray[np.uint8]:
+    """A picture (H, W, 3); raises `Skip`."""
     try:
         with Image.open(path) as picture:
             if not picture.mode.startswith("I"):
