@@ -49,7 +49,7 @@ def jitter(sample: Sample, how: Cut, rng: np.random.Generator) -> tuple[Tensor, 
     objects, (height, width) = sample.target, sample.image.shape[:2]
     keep = torch.from_numpy(~objects.crowd)
     image = tv_tensors.Image(torch.from_numpy(sample.image).permute(2, 0, 1))
-    boxes = tv_tensors.BoundingBoxes(torch.from_numpy(objects.boxes)[keep], format="XYXY", canvas_size=(height, width))  # type: ignore[call-arg]
+    boxes = tv_tensors.BoundingBoxes(torch.from_numpy(objects.boxes)[keep], format="XYXY", canvas_size=(height, width))
     parts = [image, boxes]
     if objects.masks is not None:
         parts.append(tv_tensors.Mask(torch.from_numpy(objects.masks)[keep].to(torch.uint8)))

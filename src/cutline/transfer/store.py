@@ -19,13 +19,13 @@ from cutline.towers.encoder import Encoder, wrap
 from cutline.towers.store import SCRATCH
 from cutline.towers.store import build as build_tower
 from cutline.towers.store import load as load_tower
-from cutline.transfer.model import Dense
+from cutline.transfer.model import Tuned
 
 CONFIG, WEIGHTS = "transfer.json", "model.safetensors"
 
 
-def save(model: Dense, folder: str | Path) -> Path:
-    """Write a `Segmenter` or `DepthEstimator` into `folder`, the weights atomically."""
+def save(model: Tuned, folder: str | Path) -> Path:
+    """Write a `Segmenter`, `DepthEstimator` or `Detector` into `folder`, the weights atomically."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -48,6 +48,7 @@ def save(model: Dense, folder: str | Path) -> Path:
             "preprocess": dict(encoder.visual.preprocess_cfg),
             "taps": taps if len(set(taps)) == len(taps) else None,
         },
+        "masks": getattr(model, "masks", False),
         "trained": model.labels,
         "skipped": model.skipped,
         "version": version(),
@@ -57,17 +58,22 @@ def save(model: Dense, folder: str | Path) -> Path:
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
-    """The `Segmenter` or `DepthEstimator` in `folder` (or in its `model/`), in eval mode; raises `DataError`."""
+    """The `Segmenter`, `DepthEstimator` or `Detector` in `folder` (or its `model/`), in eval mode; raises `DataError`."""
     from cutline.transfer.depth import DepthConfig, DepthEstimator
+    from cutline.transfer.detect import DetectConfig
+    from cutline.transfer.detector import Detector
     from cutline.transfer.segment import SegmentConfig, Segmenter
 
     path = folder_of(folder)
     try:
         content = describe(path)
         encoder = _encoder(content["encoder"])
-        model: Dense
+        model: Tuned
         if content["kind"] == "Segmenter":
             model = Segmenter(encoder, SegmentConfig.model_validate(content["config"]), content["classes"])
+        elif content["kind"] == "Detector":
+            config = DetectConfig.model_validate(content["config"])
+            model = Detector(encoder, config, content["classes"], content["masks"])
         else:
             model = DepthEstimator(encoder, DepthConfig.model_validate(content["config"]))
         model.load_state_dict(load_file(path / WEIGHTS))

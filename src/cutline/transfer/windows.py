@@ -46,19 +46,19 @@ class Windows:
         return -(-self.grid[0] // self.size), -(-self.grid[1] // self.size)
 
     def _cut(self, x: Tensor) -> Tensor:
-        (h, w), (rows, columns), s = self.grid, self._counts(), self.size
-        prefix, x = x[:, : self.prefix], x[:, self.prefix :].unflatten(1, (h, w))
-        x = F.pad(x, (0, 0, 0, columns * s - w, 0, rows * s - h))
-        x = x.unflatten(2, (columns, s)).unflatten(1, (rows, s)).transpose(2, 3).flatten(3, 4)  # (B, r, c, s², C)
+        (h, w), (rows, columns), s, (b, _, c) = self.grid, self._counts(), self.size, x.shape
+        prefix, patches = x[:, : self.prefix], x[:, self.prefix :].reshape(b, h, w, c)
+        patches = F.pad(patches, (0, 0, 0, columns * s - w, 0, rows * s - h))
+        patches = patches.reshape(b, rows, s, columns, s, c).transpose(2, 3).reshape(b, rows, columns, s * s, c)
         prefix = prefix[:, None, None].expand(-1, rows, columns, -1, -1)
-        return torch.cat([prefix, x], 3).flatten(0, 2)
+        return torch.cat([prefix, patches], 3).flatten(0, 2)
 
     def _join(self, x: Tensor) -> Tensor:
         (h, w), (rows, columns), s = self.grid, self._counts(), self.size
-        x = x.unflatten(0, (-1, rows, columns))
-        prefix, x = x[:, :, :, : self.prefix].mean((1, 2)), x[:, :, :, self.prefix :]
-        x = x.unflatten(3, (s, s)).transpose(2, 3).flatten(3, 4).flatten(1, 2)  # (B, r·s, c·s, C)
-        return torch.cat([prefix, x[:, :h, :w].flatten(1, 2)], 1)
+        x = x.reshape(-1, rows, columns, *x.shape[1:])
+        prefix, patches = x[:, :, :, : self.prefix].mean((1, 2)), x[:, :, :, self.prefix :]
+        patches = patches.reshape(len(x), rows, columns, s, s, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return torch.cat([prefix, patches[:, :h, :w].flatten(1, 2)], 1)
 
 
 def use_windows(encoder: Encoder, size: int) -> list[int]:
