@@ -113,7 +113,7 @@ def _objects(
         style = "--" if crowd[i] else "-"
         axis.add_patch(Rectangle(edges, x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.2, linestyle=style))
         axis.text(
-            *edges, names[i], fontsize=5, va="bottom", color="white", clip_on=True,
+            *edges, names[i], fontsize=5, va="bottom" if y0 > 4 else "top", color="white", clip_on=True,
             bbox={"facecolor": colour * 0.8, "edgecolor": "none", "pad": 0.6, "alpha": 0.9},
         )  # fmt: skip
 

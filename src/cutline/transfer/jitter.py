@@ -74,7 +74,7 @@ def _target(parts: list[Tensor], labels: Tensor, canvas: tuple[int, int]) -> dic
     boxes = tv.clamp_bounding_boxes(parts[0]).as_subclass(Tensor)
     masks = parts[1].as_subclass(Tensor) if len(parts) > 1 else None
     if masks is not None:
-        seen = masks.flatten(1).any(1)
+        seen = masks.flatten(1).any(1).bool()
         boxes, labels, masks = boxes[seen], labels[seen], masks[seen]
         if len(masks):
             boxes = masks_to_boxes(masks) + torch.tensor([0.0, 0, 1, 1])
