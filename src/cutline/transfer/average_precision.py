@@ -60,7 +60,7 @@ class AveragePrecision:
     def _evaluate(self, kind: str) -> tuple[dict[str, float], dict[str, float]]:
         if all(row["iscrowd"] for row in self.truth):
             raise DataError("the scored pictures have no objects, so there is no average precision. Score others.")
-        COCO, COCOeval = _library()
+        COCO, COCOeval = coco_library()
         truth = COCO(
             {
                 "images": [{"id": i + 1} for i in range(self.pictures)],
@@ -90,7 +90,8 @@ def _sides(boxes: NDArray[Any]) -> list[list[float]]:
     return sides
 
 
-def _library() -> tuple[Any, Any]:
+def coco_library() -> tuple[Any, Any]:
+    """faster-coco-eval's `COCO` and `COCOeval_faster`; raises `DataError` if the package is missing."""
     try:
         from faster_coco_eval import COCO, COCOeval_faster
     except ImportError as e:

@@ -19,7 +19,7 @@ from cutline.errors import DataError
 from cutline.progress import progress
 from cutline.record import Result, fingerprint
 from cutline.train.device import device_of
-from cutline.transfer.average_precision import AveragePrecision
+from cutline.transfer.average_precision import AveragePrecision, coco_library
 from cutline.transfer.batches import Cut
 from cutline.transfer.data import DenseData, open_data
 from cutline.transfer.detector import Detector
@@ -155,6 +155,7 @@ def score(model: Detector, data: str | DenseData, split: SplitName | None = None
 def detect(encoder: Any, data: str | DenseData, config: DetectConfig, out: Path | None = None) -> Result:
     """`fit`, then `score`; with `out`, write there result.json, the model, metrics.jsonl and a grid of predictions."""
     begun = time.monotonic()
+    coco_library()  # told before training, not after
     opened = open_data(data, "detect")
     model = fit(encoder, opened, config, out)
     if out is not None:
