@@ -20,6 +20,8 @@ from torchvision.ops import MultiScaleRoIAlign
 from cutline.config import load as load_config
 from cutline.errors import ConfigError, DataError
 from cutline.record import Result
+from cutline.towers.encoder import Encoder
+from cutline.towers.store import load as load_tower
 from cutline.towers.store import load_encoder
 from cutline.train.optim import schedule
 from cutline.transfer import masks as coco_masks
@@ -420,7 +422,7 @@ def test_forward_equals_torchvisions_own_detector(encoder: Any, masks: bool) -> 
     parts: dict[str, Any] = {
         "min_size": 64, "max_size": 64, "image_mean": list(encoder.mean), "image_std": list(encoder.std),
         "rpn_anchor_generator": AnchorGenerator(tuple((s,) for s in (32, 64, 128, 256, 512)), ((0.5, 1.0, 2.0),) * 5),
-        "rpn_head": RPNHead(c, 3, conv_depth=2), "rpn_post_nms_top_n_train": 1000, "_skip_resize": True,
+        "rpn_head": RPNHead(c, 3, conv_depth=2), "rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 64, "_skip_resize": True,
         "box_roi_pool": MultiScaleRoIAlign(names, 7, 2),
         "box_head": FastRCNNConvFCHead((c, 7, 7), [c] * 4, [32], norm_layer=LayerNorm2d),
         "box_predictor": FastRCNNPredictor(32, 3), "box_score_thresh": 0.0, "box_batch_size_per_image": 16,
@@ -457,6 +459,18 @@ def test_anchors_and_pooling_have_the_exact_strides_of_patch_14(make_encoder: An
     found = model.rpn.anchor_generator(ImageList(torch.zeros(1, 3, 56, 84), [(56, 84)]), list(levels.values()))[0]
     centres = (found[: 16 * 24 * 3 : 3, :2] + found[: 16 * 24 * 3 : 3, 2:]) / 2
     assert centres[25].tolist() == [3.5, 3.5]  # row 1, column 1
+
+
+def test_vit_b_has_as_many_parameters_as_vitdet(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Encoder, "hash", "of no weights")
+    with torch.device("meta"):
+        encoder = load_encoder(load_tower("scratch:vit_base_patch16_224", device="meta"))
+        vitdet = {"size": 1024, "scale": (0.1, 2.0), "channels": 256, "hidden": 1024, "rois": 512, "window": 14}
+        model = Detector(encoder, ready(**vitdet), [str(k) for k in range(80)], True)
+    millions = {n: sum(p.numel() for p in m.parameters()) / 1e6 for n, m in model.named_children()}
+    # 111 M published, of which 0.09 M are the relative positions that are left out here.
+    assert sum(millions.values()) == pytest.approx(110.81, abs=0.01)
+    assert millions["pyramid"] == pytest.approx(5.56, abs=0.01)
 
 
 def test_hierarchical_towers_bring_their_own_pyramid() -> None:

@@ -57,17 +57,19 @@ class AveragePrecision:
         """AP by class, of classes that occur in the truth; after `scores`."""
         return {"ap": self.class_ap} | ({"mask_ap": self.class_mask_ap} if self.with_masks else {})
 
+    def dataset(self) -> dict[str, Any]:
+        """The truth as COCO's JSON has it; the predictions are `found`."""
+        return {
+            "images": [{"id": i + 1} for i in range(self.pictures)],
+            "categories": [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)],
+            "annotations": self.truth,
+        }
+
     def _evaluate(self, kind: str) -> tuple[dict[str, float], dict[str, float]]:
         if all(row["iscrowd"] for row in self.truth):
             raise DataError("the scored pictures have no objects, so there is no average precision. Score others.")
         COCO, COCOeval = coco_library()
-        truth = COCO(
-            {
-                "images": [{"id": i + 1} for i in range(self.pictures)],
-                "categories": [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)],
-                "annotations": self.truth,
-            }
-        )
+        truth = COCO(self.dataset())
         if not self.found[kind]:  # the library takes no empty list
             occur = {self.classes[row["category_id"] - 1] for row in self.truth if not row["iscrowd"]}
             return dict.fromkeys(NAMES[:3], 0.0), {name: 0.0 for name in self.classes if name in occur}

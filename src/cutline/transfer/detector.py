@@ -117,7 +117,8 @@ class Detector(Tuned):
 
 
 def _proposals(anchors: Anchors, config: Any) -> RegionProposalNetwork:
-    """Numbers are detectron2's (and torchvision's, but for the 1,000 proposals kept in training)."""
+    """Numbers are detectron2's at rois=512; with fewer, fewer proposals are worth the heads' time."""
+    kept = min(1000, 4 * config.rois)
     return RegionProposalNetwork(
         anchors,
         RPNHead(config.channels, len(RATIOS), conv_depth=2),
@@ -126,7 +127,7 @@ def _proposals(anchors: Anchors, config: Any) -> RegionProposalNetwork:
         batch_size_per_image=256,
         positive_fraction=0.5,
         pre_nms_top_n={"training": 2000, "testing": 1000},
-        post_nms_top_n={"training": 1000, "testing": 1000},
+        post_nms_top_n={"training": kept, "testing": kept},
         nms_thresh=0.7,
     )
 
