@@ -422,7 +422,7 @@ def test_forward_equals_torchvisions_own_detector(encoder: Any, masks: bool) -> 
     parts: dict[str, Any] = {
         "min_size": 64, "max_size": 64, "image_mean": list(encoder.mean), "image_std": list(encoder.std),
         "rpn_anchor_generator": AnchorGenerator(tuple((s,) for s in (32, 64, 128, 256, 512)), ((0.5, 1.0, 2.0),) * 5),
-        "rpn_head": RPNHead(c, 3, conv_depth=2), "rpn_post_nms_top_n_train": 64, "rpn_post_nms_top_n_test": 64, "_skip_resize": True,
+        "rpn_head": RPNHead(c, 3, conv_depth=2), "rpn_post_nms_top_n_train": 1000, "rpn_post_nms_top_n_test": 64, "_skip_resize": True,
         "box_roi_pool": MultiScaleRoIAlign(names, 7, 2),
         "box_head": FastRCNNConvFCHead((c, 7, 7), [c] * 4, [32], norm_layer=LayerNorm2d),
         "box_predictor": FastRCNNPredictor(32, 3), "box_score_thresh": 0.0, "box_batch_size_per_image": 16,

@@ -44,7 +44,7 @@ class DetectConfig(TransferConfig):
     (or as little as leaves 102 pixels) to 2. channels: of pyramid and heads, by the encoder's width, 256 for ViT-B;
     hidden: of the box head's fully connected layer, four times as many. anchors: their size in strides, 8 at 1024
     pixels and less for smaller pictures, but at least 2. rois: proposals of a picture that the heads learn from, half
-    the size, from 64 to 512; they are drawn from, and in test found among, four times as many, at most 1,000. window: cells a side of window attention, 14 in ViTDet, for plain ViTs at large sizes.
+    the size, from 64 to 512; test looks at four times as many, at most 1,000. window: cells a side of window attention, 14 in ViTDet, for plain ViTs at large sizes.
     min_score, detections: predictions kept. The steps between 8/9 and 26/27 of all learn at a tenth, the last at a
     hundredth ("drops").
 

@@ -117,7 +117,10 @@ class Detector(Tuned):
 
 
 def _proposals(anchors: Anchors, config: Any) -> RegionProposalNetwork:
-    """Numbers are detectron2's at rois=512; with fewer, fewer proposals are worth the heads' time."""
+    """Numbers are detectron2's, in test at rois=512; with fewer, fewer proposals are worth the heads' time.
+
+    In training all are kept: drawing from four times `rois` cost a fifth of AP50 after 120 steps on eight pictures.
+    """
     kept = min(1000, 4 * config.rois)
     return RegionProposalNetwork(
         anchors,
@@ -127,7 +130,7 @@ def _proposals(anchors: Anchors, config: Any) -> RegionProposalNetwork:
         batch_size_per_image=256,
         positive_fraction=0.5,
         pre_nms_top_n={"training": 2000, "testing": 1000},
-        post_nms_top_n={"training": kept, "testing": kept},
+        post_nms_top_n={"training": 1000, "testing": kept},
         nms_thresh=0.7,
     )
 
