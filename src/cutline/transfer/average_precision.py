@@ -26,6 +26,7 @@ class AveragePrecision:
         self.truth: list[dict[str, Any]] = []
         self.found: dict[str, list[dict[str, Any]]] = {"bbox": [], "segm": []}
         self.pictures = 0
+        self.sizes: dict[int, list[int]] = {}  # height and width of pictures with masks, which the library asks for
 
     def update(self, truth: Objects, found: dict[str, NDArray[Any]]) -> None:
         """Add a picture: its objects, and predictions as `Detector.predict` gives them."""
@@ -40,6 +41,8 @@ class AveragePrecision:
         if self.with_masks:
             # Without their boxes, so that a prediction's area is that of its mask.
             found_runs = masks.encode(found["masks"]) if rows else []
+            if every := [*(runs or []), *found_runs]:
+                self.sizes[self.pictures] = every[0]["size"]
             self.found["segm"] += [row | {"segmentation": r} for row, r in zip(rows, found_runs, strict=True)]
 
     def _row(self, label: int) -> dict[str, Any]:
@@ -60,7 +63,9 @@ class AveragePrecision:
     def dataset(self) -> dict[str, Any]:
         """The truth as COCO's JSON has it; the predictions are `found`."""
         return {
-            "images": [{"id": i + 1} for i in range(self.pictures)],
+            "images": [
+                {"id": i} | dict(zip(("height", "width"), self.sizes.get(i, []))) for i in range(1, self.pictures + 1)
+            ],
             "categories": [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)],
             "annotations": self.truth,
         }
