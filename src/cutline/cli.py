@@ -158,6 +158,17 @@ def classify(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out
     _scored(run(encoder, data, load(ClassifyConfig, None, list(overrides or [])), folder), folder)
 
 
+@transfer_app.command()
+def detect(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+    """Objects, their boxes and masks: AP, AP50, AP75, AP of small, medium and large ones."""
+    from cutline.config import load
+    from cutline.transfer.detect import DetectConfig
+    from cutline.transfer.detect import detect as run
+
+    folder = out or _folder(encoder, "detect", data, overrides)
+    _scored(run(encoder, data, load(DetectConfig, None, list(overrides or [])), folder), folder)
+
+
 @zeroshot_app.command()
 def retrieve(
     model: Annotated[str, typer.Option(help="A run directory, name:pretrained of open_clip, or hf-hub:…")],

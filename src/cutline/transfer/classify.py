@@ -64,7 +64,7 @@ class ClassifyConfig(TransferConfig):
     batch: int = Field(64, ge=2)
     layer_decay: float = Field(0.6, gt=0, le=1)
     drop_path: float = Field(0.0, ge=0, lt=1)
-    schedule: Literal["poly", "cosine", "constant"] = "cosine"
+    schedule: Literal["poly", "cosine", "constant", "drops"] = "cosine"
     size: int | None = Field(None, ge=16)
     short: int | None = Field(None, ge=16)
     scale: tuple[float, float] | None = None
@@ -106,7 +106,8 @@ class Classifier(Transferred):
             head = LinearProbe(encoder.width, len(classes), scaled=config.frozen)
         else:
             head = NeighbourProbe(encoder.width, len(classes), pictures, config.k, config.temperature)
-        super().__init__(encoder, head, config.frozen)
+        super().__init__(encoder, config.frozen)
+        self.head = head
         self.config, self.classes = config, list(classes)
         assert config.size is not None
         assert config.short is not None

@@ -1,10 +1,11 @@
-"""Pictures with a class map, a depth map or a class, read from a SPEC `kind:path[,option=value…]`.
+"""Pictures with a class map, a depth map, a class or objects, read from a SPEC `kind:path[,option=value…]`.
 
     ade20k:PATH, cityscapes:PATH, voc:PATH, context:PATH, cocostuff:PATH, camvid:PATH     class maps
     nyuv2:PATH, kitti:PATH                                                                depth
     folder:PATH[,ignore=0+255][,scale=0.001]      {train,val[,test]}/{images,masks|depth}, see `folder`
     imagefolder:PATH, webdataset:PATH, pairs:TABLE.lance,label=COLUMN     pictures with a class each, for "classify"
     scenes:n=1000,size=64,seed=1    the embedded world; train, val and test are different worlds, see `scenes`
+    coco:PATH, voc:PATH, folder:PATH    objects in COCO's JSON and VOC's XML for "detect", see `coco_boxes`, `voc_boxes`
 
 A kind is one module with `open(rest, task) -> DenseData`. Pictures are decoded when first needed and kept while they
 fit in `CACHE_BYTES`. One that cannot be used (broken, no mask, wrong size, labels out of range) raises `Skip`; `usable`
@@ -28,9 +29,10 @@ from numpy.typing import NDArray
 from cutline.errors import DataError
 from cutline.progress import progress
 
-Task = Literal["segment", "depth", "classify"]
+Task = Literal["segment", "depth", "classify", "detect"]
 KINDS = ("ade20k", "camvid", "cityscapes", "cocostuff", "context", "folder", "kitti", "nyuv2", "scenes", "voc")
 CLASS_KINDS = ("imagefolder", "webdataset", "pairs", "scenes")  # of "classify"
+OBJECTS = {"coco": "coco_boxes", "folder": "folder", "scenes": "scenes", "voc": "voc_boxes"}  # of "detect": modules
 CACHE_BYTES = 4 << 30  # decoded pictures of one split kept in memory
 SKIP_SHARE = 0.1
 
@@ -46,11 +48,11 @@ class Skip(DataError):
 @dataclass
 class Sample:
     """image (H, W, 3) uint8; target: (H, W) int16 class ids or `metrics.IGNORE`, (H, W) float32 metres, 0 = no reading,
-    or () int64, the picture's class."""
+    () int64, the picture's class, or its `objects.Objects`."""
 
     key: str
     image: NDArray[np.uint8]
-    target: NDArray[Any]
+    target: Any
 
 
 class Split:
@@ -155,12 +157,13 @@ def open_data(spec: str | DenseData, task: Task) -> DenseData:
             raise DataError(f"{spec.spec} was opened for {spec.task}: open it with open_data(spec, {task!r}).")
         return spec
     kind, colon, rest = spec.partition(":")
-    kinds = CLASS_KINDS if task == "classify" else KINDS
+    names = CLASS_KINDS if task == "classify" else KINDS
+    kinds = OBJECTS if task == "detect" else dict(zip(names, names))
     if not colon or kind not in kinds:
         near = difflib.get_close_matches(kind, kinds, n=1)
         hint = f"did you mean '{near[0]}:{rest or '…'}'?" if near else f"known kinds: {', '.join(kinds)}."
         raise DataError(f"data {spec!r} is not of the form kind:path with a kind known to {task}: {hint}")
-    data: DenseData = importlib.import_module(f"cutline.transfer.{kind}").open(rest, task)
+    data: DenseData = importlib.import_module(f"cutline.transfer.{kinds[kind]}").open(rest, task)
     return data
 
 

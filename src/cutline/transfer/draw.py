@@ -14,6 +14,7 @@ from cutline.transfer.metrics import IGNORE
 
 WIDTH = 2.2  # inches of one picture
 NAMES = ("picture", "truth", "prediction")
+SHOWN, MOST = 0.3, 15  # least score of a predicted object that is drawn, and how many of a picture
 UNLABELLED = (0.08, 0.08, 0.08)
 NAMED = 6  # pictures in a row of `name_grid`
 RIGHT, WRONG = "#1a7f37", "#b3261e"
@@ -100,6 +101,52 @@ def depth_grid(path: Path, samples: Sequence[Sample], depths: Sequence[NDArray[A
     shown = ScalarMappable(scale, colours)
     figure.colorbar(shown, cax=bar, orientation="horizontal", ticks=ticks, format="%g", label="metres").minorticks_off()
     _write(figure, path)
+
+
+def object_grid(
+    path: Path, samples: Sequence[Sample], found: Sequence[dict[str, NDArray[Any]]], classes: Sequence[str]
+) -> None:
+    """Write a PNG, one column a sample: boxes with names, masks where there are some; predictions with scores.
+
+    Shown are predictions of a score of at least `SHOWN`, at most `MOST` of a picture, and crowds dashed.
+    """
+    colours = palette(len(classes))
+    figure, axes, _ = _figure(samples, legend=0.05)
+    for column, sample, one in zip(axes.T, samples, found):
+        truth = sample.target
+        best = [i for i in np.argsort(-one["scores"], kind="stable") if one["scores"][i] >= SHOWN][:MOST]
+        for axis in column:
+            axis.imshow(sample.image)
+        names = [classes[k] for k in truth.labels]
+        _objects(column[1], colours, truth.boxes, truth.labels, names, truth.masks, truth.crowd)
+        names = [f"{classes[one['labels'][i]]} {one['scores'][i]:.2f}" for i in best]
+        masks = one["masks"][best] if "masks" in one else None
+        _objects(column[2], colours, one["boxes"][best], one["labels"][best], names, masks, np.zeros(len(best), bool))
+    _write(figure, path)
+
+
+def _objects(
+    axis: Any,
+    colours: NDArray[Any],
+    boxes: NDArray[Any],
+    labels: NDArray[Any],
+    names: Sequence[str],
+    masks: NDArray[Any] | None,
+    crowd: NDArray[Any],
+) -> None:
+    from matplotlib.patches import Rectangle
+
+    for i, (x0, y0, x1, y1) in enumerate(boxes):
+        colour = colours[labels[i]]
+        if masks is not None:
+            axis.imshow(np.dstack([np.broadcast_to(colour, (*masks[i].shape, 3)), 0.45 * masks[i]]))
+        edges = (x0 - 0.5, y0 - 0.5)  # imshow draws the first pixel around 0
+        style = "--" if crowd[i] else "-"
+        axis.add_patch(Rectangle(edges, x1 - x0, y1 - y0, fill=False, edgecolor=colour, linewidth=1.2, linestyle=style))
+        axis.text(
+            *edges, names[i], fontsize=5, va="bottom" if y0 > 4 else "top", color="white", clip_on=True,
+            bbox={"facecolor": colour * 0.8, "edgecolor": "none", "pad": 0.6, "alpha": 0.9},
+        )  # fmt: skip
 
 
 def _figure(samples: Sequence[Sample], legend: float) -> tuple[Any, NDArray[Any], float]:

@@ -8,9 +8,9 @@ computing them at every step.
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,7 +35,14 @@ CROP = 512  # largest side of a crop when not given
 
 C = TypeVar("C", bound=TransferConfig)
 D = TypeVar("D", bound=DenseConfig)
+B = TypeVar("B", bound="Keyed")
 Loss = Callable[[Tensor, Tensor], Tensor]  # (output float32, targets of the batch) → scalar
+
+
+class Keyed(Protocol):
+    """A batch that can name its pictures."""
+
+    keys: list[str]
 
 
 class Prepared(Generic[C]):
@@ -69,8 +76,7 @@ class PreparedDense(Prepared[D]):
         """Training batches. mean: the encoder's mean colour, around pictures smaller than the crop; empty: the target
         there; cutdepth: of depth."""
         c = self.config
-        red, green, blue = (round(255 * m) for m in mean)
-        cut = Cut(self.crop, c.scale, c.flip, c.short, (red, green, blue), empty, c.colour, cutdepth)
+        cut = Cut(self.crop, c.scale, c.flip, c.short, mean_colour(mean), empty, c.colour, cutdepth)
         return Batches(self.split, self.rows, c.batch, c.seed, cut)
 
     def _crop(self, short: int | None) -> tuple[int, int]:
@@ -84,6 +90,12 @@ class PreparedDense(Prepared[D]):
         return side, side
 
 
+def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:
+    """The colour that an encoder's normalisation makes zero, 0 … 255, of its mean in 0 … 1."""
+    red, green, blue = (round(255 * m) for m in mean)
+    return red, green, blue
+
+
 def encoder_of(source: Any, config: TransferConfig) -> Encoder:
     """An `Encoder` as it is; a model, a run directory or any name that `towers.load` takes, wrapped as one.
 
@@ -94,34 +106,47 @@ def encoder_of(source: Any, config: TransferConfig) -> Encoder:
 
 
 def finetune(model: Transferred, prepared: Prepared[Any], batches: Batches, loss: Loss, out: Path | None) -> None:
-    """Train `model` in place on `batches` by `prepared.config` and leave it in eval mode.
+    """`train` by a loss of outputs and targets, with the features of a frozen encoder computed once where they can be."""
+    config: TransferConfig = prepared.config
+    device, cast = device_of(config.device), autocast(config)
+    model.to(device).train()
+    kept = config.frozen and batches.whole
+    cache = still_features(model, batches, config, config.flip, CACHE_BYTES) if kept else None
+    batches.targets_only = cache is not None
+
+    def value(batch: Batch) -> Tensor:
+        with cast():
+            outputs = _outputs(model, batch, cache, batches.how.crop)
+        targets = batch.targets.to(device, non_blocking=True)
+        return torch.stack([weight * loss(output.float(), targets) for weight, output in outputs]).sum()
+
+    train(model, prepared, batches.iterate(0, prepared.steps), value, out)
+
+
+def train(
+    model: Transferred, prepared: Prepared[Any], batches: Iterator[B], loss: Callable[[B], Tensor], out: Path | None
+) -> None:
+    """Train `model` in place on `batches` by `prepared.config` and leave it in eval mode. loss: of a batch, a scalar.
 
     Writes `metrics.jsonl` into `out`. Raises `TrainingError` after `NONFINITE` losses in a row that are not finite;
     single ones are skipped and logged.
     """
     config: TransferConfig = prepared.config
     assert config.lr is not None
-    device, cast = device_of(config.device), autocast(config)
-    model.to(device).train()
+    model.to(device_of(config.device)).train()
     regular = config.drop_path > 0 and not config.frozen
     if regular:
         model.encoder.set_drop_path(config.drop_path)
-    kept = config.frozen and batches.whole
-    cache = still_features(model, batches, config, config.flip, CACHE_BYTES) if kept else None
-    batches.targets_only = cache is not None
     groups = param_groups(model, config.lr, config.weight_decay, config.layer_decay, model.layer_of, model.num_layers)
     optimiser, guard = torch.optim.AdamW(groups, fused=True), _Guard(config)
     label = "training the head" if config.frozen else "fine-tuning"
     with progress(label, prepared.steps, "steps") as tick, _Log(out) as log:
-        for step, batch in enumerate(batches.iterate(0, prepared.steps)):
+        for step, batch in enumerate(batches):
             lr = config.lr * schedule(step, prepared.steps, prepared.warmup, config.schedule, config.power)
             set_lr(optimiser, lr)
-            with cast():
-                outputs = _outputs(model, batch, cache, batches.how.crop)
-            targets = batch.targets.to(device, non_blocking=True)
-            value = torch.stack([weight * loss(output.float(), targets) for weight, output in outputs]).sum()
+            value = loss(batch)
             number = value.item()
-            if guard.refuses(number, step, batch):
+            if guard.refuses(number, step, batch.keys):
                 log(step, skipped="the loss is not finite")
                 continue
             optimiser.zero_grad()
@@ -184,7 +209,7 @@ class _Guard:
     def __init__(self, config: TransferConfig) -> None:
         self.lr, self.bad = config.lr, 0
 
-    def refuses(self, loss: float, step: int, batch: Batch) -> bool:
+    def refuses(self, loss: float, step: int, keys: list[str]) -> bool:
         if math.isfinite(loss):
             self.bad = 0
             return False
@@ -192,7 +217,7 @@ class _Guard:
         if self.bad >= NONFINITE:
             raise TrainingError(
                 f"the loss was not finite {self.bad} times in a row, at step {step} with the pictures "
-                f"{', '.join(batch.keys)}. Lower lr={self.lr} or set clip=1.0."
+                f"{', '.join(keys)}. Lower lr={self.lr} or set clip=1.0."
             )
         return True
 

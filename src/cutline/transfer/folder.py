@@ -26,6 +26,10 @@ ADVICE = "name them in classes.txt or leave them out with ignore={labels}."
 
 def open(rest: str, task: Task) -> DenseData:
     """Open `folder:PATH[,ignore=0+255][,scale=0.001]`."""
+    if task == "detect":
+        from cutline.transfer.coco_boxes import open_folder
+
+        return open_folder(rest)
     spec = f"folder:{rest}"
     root, options = parse("folder", rest, ignore="0+255", scale="0.001")
     scale, ignored = scale_of(spec, options), _ignored(spec, options.get("ignore", "255"))

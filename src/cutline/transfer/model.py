@@ -19,17 +19,16 @@ from cutline.transfer.pyramid import Pyramid
 
 
 class Transferred(nn.Module):
-    """encoder → features → head → output; the base of every task's model.
+    """encoder → features → output; the base of every task's model.
 
     The encoder is copied, so the one given keeps its weights. A frozen one never leaves eval mode and gets no gradient.
     A task says what the features are (`features`, what can be kept of a frozen encoder) and what follows (`decode`).
     """
 
-    def __init__(self, encoder: Any, head: nn.Module, frozen: bool) -> None:
+    def __init__(self, encoder: Any, frozen: bool) -> None:
         super().__init__()
         self.encoder = copy.deepcopy(encoder)
         self.encoder.requires_grad_(not frozen)
-        self.head = head
         self.frozen = frozen
         self.num_layers: int = encoder.num_layers
         self.source: str = encoder.name
@@ -71,19 +70,13 @@ class Transferred(nn.Module):
         return self.decode(self.features(images), (images.shape[2], images.shape[3]))
 
 
-class Dense(Transferred):
-    """encoder → pyramid → head → output at the picture's resolution; the base of `Segmenter` and `DepthEstimator`.
+class Pyramidal(Transferred):
+    """encoder → pyramid; the base of `Dense` and of `Detector`."""
 
-    Output (B, C, H, W): logits, or depth in metres.
-    """
-
-    def __init__(self, encoder: Any, pyramid: Pyramid, head: nn.Module, frozen: bool) -> None:
+    def __init__(self, encoder: Any, pyramid: Pyramid, frozen: bool) -> None:
+        super().__init__(encoder, frozen)
         # Channels-last makes bilinear resizing and its gradient some ten times faster on CPUs, and changes no value.
-        super().__init__(encoder, head.to(memory_format=torch.channels_last), frozen)
         self.pyramid: Pyramid = pyramid.to(memory_format=torch.channels_last)
-        self.auxiliary: nn.Module | None = None  # a second head that only training sees, and the weight of its loss
-        self.auxiliary_weight = 0.0
-        self.train()
 
     def features(self, images: Tensor) -> list[Tensor]:
         """The maps that the pyramid reads, of normalised pictures padded (right, bottom) to its multiple."""
@@ -93,6 +86,24 @@ class Dense(Transferred):
         with torch.no_grad() if self.frozen else nullcontext():
             maps = self.encoder(padded)
         return [maps[i].contiguous(memory_format=torch.channels_last) for i in self.pyramid.uses]
+
+    def _padded(self, height: int, width: int) -> tuple[int, int]:
+        m = self.pyramid.multiple
+        return -(-height // m) * m, -(-width // m) * m
+
+
+class Dense(Pyramidal):
+    """encoder → pyramid → head → output at the picture's resolution; the base of `Segmenter` and `DepthEstimator`.
+
+    Output (B, C, H, W): logits, or depth in metres.
+    """
+
+    def __init__(self, encoder: Any, pyramid: Pyramid, head: nn.Module, frozen: bool) -> None:
+        super().__init__(encoder, pyramid, frozen)
+        self.head: nn.Module = head.to(memory_format=torch.channels_last)
+        self.auxiliary: nn.Module | None = None  # a second head that only training sees, and the weight of its loss
+        self.auxiliary_weight = 0.0
+        self.train()
 
     def decode(self, maps: Sequence[Tensor], size: tuple[int, int]) -> Tensor:
         """Output (B, C, *size) from `features` of pictures of that size."""
@@ -111,10 +122,6 @@ class Dense(Transferred):
         padded = self._padded(*size)
         out = F.interpolate(out, padded, mode="bilinear", align_corners=False)
         return out if padded == size else out[:, :, : size[0], : size[1]]  # a cut costs a copy in the backward pass
-
-    def _padded(self, height: int, width: int) -> tuple[int, int]:
-        m = self.pyramid.multiple
-        return -(-height // m) * m, -(-width // m) * m
 
 
 class Look:

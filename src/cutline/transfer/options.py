@@ -33,7 +33,7 @@ class TransferConfig(Config):
     layer_decay: float = Field(0.65, gt=0, le=1)
     drop_path: float = Field(0.1, ge=0, lt=1)
     warmup: int | None = Field(None, ge=0)
-    schedule: Literal["poly", "cosine", "constant"] = "poly"
+    schedule: Literal["poly", "cosine", "constant", "drops"] = "poly"
     power: float = Field(1.0, gt=0)
     clip: float | None = Field(None, gt=0)
     flip: bool = True
@@ -88,9 +88,14 @@ class DenseConfig(TransferConfig):
     @field_validator("scale")
     @classmethod
     def _rising(cls, value: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < value[0] <= value[1]:
-            raise ValueError("a range of factors, from small to large")
-        return value
+        return rising(value)
+
+
+def rising(value: tuple[float, float]) -> tuple[float, float]:
+    """A range of factors as it is; `ValueError` for one that does not rise from above 0."""
+    if not 0 < value[0] <= value[1]:
+        raise ValueError("a range of factors, from small to large")
+    return value
 
 
 def default_channels(width: int) -> int:

@@ -5,7 +5,7 @@ seed 1 + 2,000,003 (test) as the task's config says, 500 unless told otherwise.
 
 For "classify" a picture is a scene whose objects are all of one kind (a fifth of all scenes: one car, three pears), and
 its class is that kind, one of 96, or of `objects=24`, 32, …; n counts these pictures. Nothing is cropped: they are
-scenes like those an encoder was trained on.
+scenes like those an encoder was trained on. For "detect" the objects have boxes and masks, and their kinds are classes.
 """
 
 import functools
@@ -21,10 +21,12 @@ from cutline.scenes import CLASSES, Scenes, parse_spec
 from cutline.scenes.layout import intended, kinds_of
 from cutline.scenes.objects import OBJECTS
 from cutline.transfer.data import DenseData, Sample, Split, Task
+from cutline.transfer.objects import Objects
 
 SEEDS = {"train": 0, "val": 1_000_003, "test": 2_000_003}
 HELD_OUT = 10_000  # scenes there are to score on
 PICTURES = 500  # scenes scored when the config does not say
+LEAST = 4  # pixels; an object of which fewer are seen is left out
 FARTHEST = 12.0  # metres; nothing beyond has a reading
 
 
@@ -40,11 +42,16 @@ def open(rest: str, task: Task) -> DenseData:
     }
     if task == "classify":
         return _classes(rest, worlds, counts)
-    column = "semantic" if task == "segment" else "depth"
-    splits = {name: _split(name, world, column) for name, world in worlds.items()}
+    column = {"segment": "semantic", "depth": "depth", "detect": "instances"}[task]
     contents = fingerprint({name: world.fingerprint for name, world in worlds.items()}, column)
-    classes = list(CLASSES) if task == "segment" else []
-    return DenseData(task, f"scenes:{rest}", splits, classes, contents, default_pictures=PICTURES, max_depth=FARTHEST)
+    if task == "detect":
+        classes = [OBJECTS[kind].name for kind in kinds_of(config.objects)]
+        splits = {name: _objects_split(name, world, classes) for name, world in worlds.items()}
+        notes = {"masks": True}
+    else:
+        classes = list(CLASSES) if task == "segment" else []
+        splits, notes = {name: _split(name, world, column) for name, world in worlds.items()}, {}
+    return DenseData(task, f"scenes:{rest}", splits, classes, contents, PICTURES, FARTHEST, notes)
 
 
 def _split(name: str, world: Scenes, column: str) -> Split:
@@ -52,6 +59,21 @@ def _split(name: str, world: Scenes, column: str) -> Split:
         found = world.read([row], ["key", "image", column])[0]
         target = found[column].astype(np.int16 if column == "semantic" else np.float32)
         return Sample(found["key"], found["image"], target)
+
+    return Split(name, [f"{name}/{i}" for i in range(len(world))], read)
+
+
+def _objects_split(name: str, world: Scenes, classes: list[str]) -> Split:
+    def read(row: int) -> Sample:
+        found = world.read([row], ["key", "image", "instances", "boxes", "objects"])[0]
+        masks = found["instances"] == np.arange(1, len(found["objects"]) + 1)[:, None, None]
+        areas = masks.sum((1, 2)).astype(np.float32)
+        seen = areas >= LEAST
+        labels = np.array([classes.index(item["name"]) for item in found["objects"]], np.int64)
+        crowd = np.zeros(seen.sum(), np.bool_)
+        return Sample(
+            found["key"], found["image"], Objects(found["boxes"][seen], labels[seen], crowd, areas[seen], masks[seen])
+        )
 
     return Split(name, [f"{name}/{i}" for i in range(len(world))], read)
 

@@ -22,11 +22,16 @@ from cutline.towers.store import load as load_tower
 from cutline.transfer.model import Transferred
 
 CONFIG, WEIGHTS = "transfer.json", "model.safetensors"
-TASKS = {"Segmenter": "segment", "DepthEstimator": "depth", "Classifier": "classify"}  # by the kind in `CONFIG`
+TASKS = {
+    "Segmenter": "segment",
+    "DepthEstimator": "depth",
+    "Classifier": "classify",
+    "Detector": "detect",
+}  # by the kind in `CONFIG`
 
 
 def save(model: Transferred, folder: str | Path) -> Path:
-    """Write a `Segmenter`, `DepthEstimator` or `Classifier` into `folder`, the weights atomically."""
+    """Write a `Segmenter`, `DepthEstimator`, `Classifier` or `Detector` into `folder`, the weights atomically."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
@@ -49,6 +54,7 @@ def save(model: Transferred, folder: str | Path) -> Path:
             "preprocess": dict(encoder.visual.preprocess_cfg),
             "taps": taps if len(set(taps)) == len(taps) else None,
         },
+        "masks": getattr(model, "masks", False),
         "trained": model.labels,
         "skipped": model.skipped,
         "version": version(),
@@ -58,10 +64,12 @@ def save(model: Transferred, folder: str | Path) -> Path:
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
-    """The `Segmenter`, `DepthEstimator` or `Classifier` in `folder` (or in its `model/`), in eval mode; raises
-    `DataError`."""
+    """The `Segmenter`, `DepthEstimator`, `Classifier` or `Detector` in `folder` (or in its `model/`), in eval mode;
+    raises `DataError`."""
     from cutline.transfer.classify import Classifier, ClassifyConfig
     from cutline.transfer.depth import DepthConfig, DepthEstimator
+    from cutline.transfer.detect import DetectConfig
+    from cutline.transfer.detector import Detector
     from cutline.transfer.segment import SegmentConfig, Segmenter
 
     path = folder_of(folder)
@@ -73,6 +81,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
             model = Segmenter(encoder, SegmentConfig.model_validate(content["config"]), content["classes"])
         elif content["kind"] == "DepthEstimator":
             model = DepthEstimator(encoder, DepthConfig.model_validate(content["config"]))
+        elif content["kind"] == "Detector":
+            objects = DetectConfig.model_validate(content["config"])
+            model = Detector(encoder, objects, content["classes"], content["masks"])
         else:
             config = ClassifyConfig.model_validate(content["config"])
             model = Classifier(encoder, config, content["classes"], content["trained"])

@@ -1,0 +1,91 @@
+"""Window attention for plain vision transformers at large inputs (ViTDet, 2203.16527, section 3).
+
+Most blocks then attend within windows of `size` × `size` patches, and a few, evenly spaced, over the whole picture, so
+that cost grows with the number of patches and not with its square. Hooks before and after each attention cut the tokens
+and put them together again, which leaves weights, norms, residuals and drop path as they are. Grids that are no
+multiple of the window are padded with zeros after the norm, as in ViTDet.
+
+ViTDet drops the class token. Here it stays, as the towers were trained with it: each window sees its own copy of the
+prefix tokens (class, registers), and the copies are averaged after. With one window this is global attention to the
+bit. Left out: ViTDet's relative positions, which no CLIP tower has weights for.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cutline.errors import ConfigError
+from cutline.towers.encoder import Encoder
+from cutline.towers.vit import NativeViT, TimmViT, even_taps
+
+
+class Windows:
+    """The hooks, and the grid of patches of the pictures at hand. prefix: tokens before the patches."""
+
+    def __init__(self, size: int, patch: int, prefix: int) -> None:
+        self.size, self.patch, self.prefix = size, patch, prefix
+        self.grid = (0, 0)
+
+    def see(self, encoder: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """Before the encoder: note the grid of its input."""
+        height, width = arguments[0].shape[-2:]
+        self.grid = (-(-height // self.patch), -(-width // self.patch))
+
+    def before(self, attention: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Tokens (B, P + h·w, C), once or as query, key and value, to (B·windows, P + size², C)."""
+        cut = self._cut(arguments[0])
+        return tuple(cut if a is arguments[0] else a for a in arguments)
+
+    def after(self, attention: nn.Module, arguments: tuple[Any, ...], output: Any) -> Any:
+        """Back to (B, P + h·w, C); open_clip's attention gives a pair, of which this is the first."""
+        return (self._join(output[0]), *output[1:]) if isinstance(output, tuple) else self._join(output)
+
+    def _counts(self) -> tuple[int, int]:
+        return -(-self.grid[0] // self.size), -(-self.grid[1] // self.size)
+
+    def _cut(self, x: Tensor) -> Tensor:
+        (h, w), (rows, columns), s, (b, _, c) = self.grid, self._counts(), self.size, x.shape
+        prefix, patches = x[:, : self.prefix], x[:, self.prefix :].reshape(b, h, w, c)
+        patches = F.pad(patches, (0, 0, 0, columns * s - w, 0, rows * s - h))
+        patches = patches.reshape(b, rows, s, columns, s, c).transpose(2, 3).reshape(b, rows, columns, s * s, c)
+        prefix = prefix[:, None, None].expand(-1, rows, columns, -1, -1)
+        return torch.cat([prefix, patches], 3).flatten(0, 2)
+
+    def _join(self, x: Tensor) -> Tensor:
+        (h, w), (rows, columns), s = self.grid, self._counts(), self.size
+        x = x.reshape(-1, rows, columns, *x.shape[1:])
+        prefix, patches = x[:, :, :, : self.prefix].mean((1, 2)), x[:, :, :, self.prefix :]
+        patches = patches.reshape(len(x), rows, columns, s, s, -1).transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return torch.cat([prefix, patches[:, :h, :w].flatten(1, 2)], 1)
+
+
+def use_windows(encoder: Encoder, size: int) -> list[int]:
+    """Give all blocks of `encoder` but four evenly spaced ones windows of `size` patches; returns those four.
+
+    The four are 2, 5, 8 and 11 of 12, as in ViTDet. Raises `ConfigError` for towers without plain attention blocks.
+    """
+    blocks: list[Any]
+    if isinstance(encoder, NativeViT):
+        blocks, prefix = list(encoder.visual.transformer.resblocks), encoder.prefix
+        fits = encoder.visual.transformer.batch_first
+    elif isinstance(encoder, TimmViT):
+        trunk = encoder.visual.trunk
+        blocks, prefix = list(trunk.blocks), int(trunk.num_prefix_tokens)
+        # Rotary embeddings and relative biases come into each block for the whole grid.
+        fits = getattr(trunk, "rope", None) is None and encoder.any_size
+    else:
+        fits, blocks, prefix = False, [], 0
+    if not fits or not all(hasattr(b, "attn") for b in blocks):
+        raise ConfigError(
+            f"window={size}: {encoder.name} ({type(encoder).__name__}) has no plain attention with learned positions "
+            "to cut into windows. Leave window out."
+        )
+    windows, everywhere = Windows(size, int(encoder.patch or 1), prefix), even_taps(len(blocks), None)
+    encoder.register_forward_pre_hook(windows.see)
+    for k, block in enumerate(blocks):
+        if k not in everywhere:
+            block.attn.register_forward_pre_hook(windows.before)
+            block.attn.register_forward_hook(windows.after)
+    return everywhere
