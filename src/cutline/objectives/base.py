@@ -196,9 +196,7 @@ class Objective(nn.Module):
     """
 
     needs_text: bool = True  # whether the stream is to give texts
-    own_passes: bool = (
-        False  # whether it passes the tower itself; its loss is then a mean over pictures, each by itself
-    )
+    own_passes: bool = False  # whether it passes the tower itself; its loss is then a mean over single pictures
     reads_pooled: bool = True  # whether it passes the tower for the pooled embedding, from which patches may be dropped
     reads_map: bool = False  # whether it asks for `Features.dense`, which is then made with the embedding
 

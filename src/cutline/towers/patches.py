@@ -76,9 +76,7 @@ def add_second_class(visual: Any) -> None:
     first = visual.class_embedding + visual.positional_embedding[0]
     visual.second_class = nn.Parameter(first.detach().clone())
     visual.__class__ = TwoClassViT
-    if isinstance(
-        visual.patch_dropout, OpenClipDropout
-    ):  # of an architecture that has it; it would spare the first alone
+    if isinstance(visual.patch_dropout, OpenClipDropout):  # an architecture's own, which would spare the first alone
         visual.patch_dropout = PatchDropout(visual.patch_dropout.prob, 2)
 
 

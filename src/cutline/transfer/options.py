@@ -56,7 +56,8 @@ class DenseConfig(TransferConfig):
 
     crop: default the whole picture when all have one size of at most 512 px, else a square of the smallest short side,
     at most 512. short: first resize the short side to this many pixels, in training and in test. colour: "photometric"
-    (mmsegmentation's) or "jitter" (of the MIM depth protocol), see `augment`. test: "whole" pictures, or "slide" with windows of `crop` every `stride` pixels (default half the crop). test_flip: average with
+    (mmsegmentation's) or "jitter" (of the MIM depth protocol), see `augment`. test: "whole"
+    pictures, or "slide" with windows of `crop` every `stride` pixels (default half the crop). test_flip: average with
     the mirror image. channels: width of the head, default by the encoder's width; pyramid_channels: of the ViTDet
     pyramid (256 in the paper).
     """
