@@ -37,7 +37,8 @@ from cutline.pairs import Pairs
 from cutline.record import Protocol, Result, fingerprint, write_atomic
 from cutline.towers import TowerConfig
 from cutline.towers.pictures import test_transform, weights_hash
-from cutline.train.loop import Run, process_group, train
+from cutline.train.device import process_group
+from cutline.train.loop import Run, train
 from cutline.train.recipe import DataConfig, Objectives, Recipe, TrainConfig
 from cutline.train.stream import Augment, TextConfig
 from cutline.train.stream.order import key

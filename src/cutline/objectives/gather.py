@@ -33,6 +33,15 @@ def same_on_all(value: T) -> T:
     return box[0]
 
 
+def of_all(value: T) -> list[T]:
+    """What each process has, in rank order; any picklable object."""
+    if world()[1] == 1:
+        return [value]
+    found: list[T | None] = [None] * world()[1]
+    dist.all_gather_object(found, value)
+    return [v for v in found if v is not None]
+
+
 def gather(x: Tensor) -> Tensor:
     """Concatenate `x` (n, …) of every process in rank order, gradients flowing back to each; n must be equal on all.
 

@@ -98,6 +98,14 @@ class Encoder(nn.Module):
         """Stochastic depth, from 0 at the first block to `rate` at the last; replaces what was set before."""
         set_drop_path(self.visual, rate)
 
+    def set_grad_checkpointing(self, on: bool) -> None:
+        """Whether activations are computed again for the backward pass in place of kept. Gradients are the same; the averages
+        of batch norms move twice a step. Raises `CutlineError` for a tower that cannot."""
+        try:
+            getattr(self.visual, "trunk", self.visual).set_grad_checkpointing(on)
+        except (AttributeError, AssertionError, NotImplementedError) as e:
+            raise CutlineError(f"{self.name} has no gradient checkpointing; leave grad_checkpointing out.") from e
+
     @property
     def hash(self) -> str:
         """Fingerprint of the image tower's weights as they are now."""

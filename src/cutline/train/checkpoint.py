@@ -15,8 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException  # a BaseException, around what failed on each rank
 from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.optim.swa_utils import AveragedModel
 
 from cutline.errors import TrainingError
 from cutline.objectives.gather import world
@@ -86,6 +93,36 @@ def load(path: Path, state: dict[str, Any]) -> None:
         raise TrainingError(
             f"checkpoint {path} does not fit this run ({_reason(e)}). Resume with the recipe it was made with, or choose another --out."
         ) from e
+
+
+def training_state(
+    module: nn.Module, optimiser: torch.optim.Optimizer, average: AveragedModel | None, **more: Any
+) -> dict[str, Any]:
+    """What the next step of a training loop depends on: weights, moments, random numbers, the weights' average, and `more`.
+
+    Tensors are the live ones: `load` fills them in place.
+    """
+    state = {
+        "trainee": module.state_dict(),
+        "optimiser": get_optimizer_state_dict(module, optimiser),
+        "rng": rng_state(),
+        **more,
+    }
+    return state if average is None else {**state, "average": average.state_dict()}
+
+
+def restore(
+    path: Path, module: nn.Module, optimiser: torch.optim.Optimizer, average: AveragedModel | None, **more: Any
+) -> dict[str, Any]:
+    """Go back to the `training_state` in the checkpoint `path`; returns it, with its `more`."""
+    state = training_state(module, optimiser, average, **more)
+    load(path, state)
+    module.load_state_dict(state["trainee"])
+    set_optimizer_state_dict(module, optimiser, state["optimiser"], options=StateDictOptions(strict=False))
+    if average is not None:
+        average.load_state_dict(state["average"])
+    set_rng_state(state["rng"])
+    return state
 
 
 def _reason(e: BaseException) -> BaseException:

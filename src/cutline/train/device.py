@@ -1,8 +1,11 @@
-"""Which device a config means; the same rule for pretraining, transfer and zero-shot."""
+"""Which device a config means, and the processes of torchrun; the same rules for pretraining, transfer and zero-shot."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 
 from cutline.errors import ConfigError
 
@@ -22,3 +25,20 @@ def device_of(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as e:
         raise ConfigError(f"device={name!r} is not there: {str(e).splitlines()[0]} Use auto or cpu.") from e
     return device
+
+
+@contextmanager
+def process_group(device: str) -> Iterator[None]:
+    """Join the processes that torchrun started, if it did; NCCL on GPUs, gloo elsewhere."""
+    gpu = torch.cuda.is_available() and device != "cpu"
+    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
+        yield
+        return
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield
+        dist.barrier()  # nobody leaves while another still talks
+    finally:
+        dist.destroy_process_group()

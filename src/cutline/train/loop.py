@@ -29,7 +29,7 @@ from cutline.progress import Tick, progress
 from cutline.record import write_atomic
 from cutline.towers.patches import set_patch_dropout
 from cutline.train import checkpoint, gradcache
-from cutline.train.device import device_of
+from cutline.train.device import device_of, process_group
 from cutline.train.metrics import Metrics, cut_metrics
 from cutline.train.optim import param_groups, schedule, set_lr
 from cutline.train.recipe import DataConfig, Recipe
@@ -92,40 +92,24 @@ class Run:
     seconds: float = 0.0
     flops: float = 0.0  # of one step on this process
 
-    def state(self) -> dict[str, Any]:
-        """All that the next step depends on. Tensors are the live ones: `checkpoint.load` fills them in place."""
-        from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    def progress(self) -> dict[str, Any]:
+        """What a checkpoint says of the run beside weights and their kin."""
+        numbers = {"step": self.step, "bad": self.bad, "bad_in_row": self.bad_in_row, "seconds": self.seconds}
+        return {"stream": self.stream.state_dict(), "progress": numbers}
 
-        state: dict[str, Any] = {
-            "trainee": self.trainee.state_dict(),
-            "optimiser": get_optimizer_state_dict(self.trainee, self.optimiser),
-            "rng": checkpoint.rng_state(),
-            "stream": self.stream.state_dict(),
-            "progress": {"step": self.step, "bad": self.bad, "bad_in_row": self.bad_in_row, "seconds": self.seconds},
-        }
-        if self.average is not None:
-            state["average"] = self.average.state_dict()
-        return state
+    def state(self) -> dict[str, Any]:
+        """All that the next step depends on."""
+        return checkpoint.training_state(self.trainee, self.optimiser, self.average, **self.progress())
 
     def final(self) -> towers.Model:
         """The model as it would be kept now: the weights' average, if there is one."""
         return self.trainee.model if self.average is None else cast(towers.Model, self.average.module)
 
     def resume(self, path: Path) -> None:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
-
-        state = self.state()
-        checkpoint.load(path, state)
-        self.trainee.load_state_dict(state["trainee"])
-        set_optimizer_state_dict(
-            self.trainee, self.optimiser, state["optimiser"], options=StateDictOptions(strict=False)
-        )
-        if self.average is not None:
-            self.average.load_state_dict(state["average"])
+        state = checkpoint.restore(path, self.trainee, self.optimiser, self.average, **self.progress())
         self.stream.load_state_dict(state["stream"])
         self.step, self.bad = state["progress"]["step"], state["progress"]["bad"]
         self.bad_in_row, self.seconds = state["progress"]["bad_in_row"], state["progress"]["seconds"]
-        checkpoint.set_rng_state(state["rng"])
 
 
 class Watch(Protocol):
@@ -163,23 +147,6 @@ def train(
             os.replace(out / ".model", out / "model")  # there is a model when, and only when, the run is finished
         barrier()
     return out
-
-
-@contextmanager
-def process_group(device: str) -> Iterator[None]:
-    """Join the processes that torchrun started, if it did; NCCL on GPUs, gloo elsewhere."""
-    gpu = torch.cuda.is_available() and device != "cpu"
-    if int(os.environ.get("WORLD_SIZE", "1")) <= 1 or dist.is_initialized():
-        yield
-        return
-    if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if gpu else "gloo")
-    try:
-        yield
-        dist.barrier()  # nobody leaves while another still talks
-    finally:
-        dist.destroy_process_group()
 
 
 def prepare(recipe: Recipe, out: Path, resume: bool, source: Source | None = None) -> Run:

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cutline.errors import DataError
+from cutline.objectives.gather import of_all
 from cutline.transfer import masks
 from cutline.transfer.objects import Objects
 
@@ -34,7 +35,7 @@ class AveragePrecision:
         runs = masks.encode(truth.masks) if self.with_masks and truth.masks is not None else None
         for i, box in enumerate(_sides(truth.boxes)):
             row = self._row(truth.labels[i]) | {"bbox": box, "area": float(truth.areas[i])}
-            row |= {"id": len(self.truth) + 1, "iscrowd": int(truth.crowd[i])}  # 0 would mean "no match"
+            row |= {"iscrowd": int(truth.crowd[i])}
             self.truth.append(row | ({"segmentation": runs[i]} if runs is not None else {}))
         rows = [self._row(k) | {"score": float(s)} for k, s in zip(found["labels"], found["scores"], strict=True)]
         self.found["bbox"] += [row | {"bbox": box} for row, box in zip(rows, _sides(found["boxes"]), strict=True)]
@@ -47,6 +48,18 @@ class AveragePrecision:
 
     def _row(self, label: int) -> dict[str, Any]:
         return {"image_id": self.pictures, "category_id": int(label) + 1}
+
+    def join(self) -> None:
+        """Put together the pictures of all processes, in rank order."""
+        parts = of_all((self.pictures, self.truth, self.found, self.sizes))
+        self.pictures, self.truth, self.found, self.sizes = 0, [], {"bbox": [], "segm": []}, {}
+        for pictures, truth, found, sizes in parts:
+            before = self.pictures
+            self.truth += [row | {"image_id": row["image_id"] + before} for row in truth]
+            for kind, rows in found.items():
+                self.found[kind] += [row | {"image_id": row["image_id"] + before} for row in rows]
+            self.sizes |= {i + before: size for i, size in sizes.items()}
+            self.pictures += pictures
 
     def scores(self) -> dict[str, float]:
         """ap, ap50, ap75, and ap_small, ap_medium and ap_large where there are such objects; mask_ap and so on."""
@@ -67,7 +80,7 @@ class AveragePrecision:
                 {"id": i} | dict(zip(("height", "width"), self.sizes.get(i, []))) for i in range(1, self.pictures + 1)
             ],
             "categories": [{"id": k + 1, "name": name} for k, name in enumerate(self.classes)],
-            "annotations": self.truth,
+            "annotations": [row | {"id": i} for i, row in enumerate(self.truth, 1)],  # 0 would mean "no match"
         }
 
     def _evaluate(self, kind: str) -> tuple[dict[str, float], dict[str, float]]:

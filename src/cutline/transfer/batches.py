@@ -1,7 +1,7 @@
 """Training batches of pictures and their targets: random scale, crop and flip, the same for both; then colours.
 
 Batch k is a pure function of (seed, k): which samples, and how they are cut. So batches can be made ahead in threads,
-and a run can start again at any step. Pictures stay uint8 until they are on the device.
+processes can share one, and a run can start again at any step. Pictures stay uint8 until they are on the device.
 """
 
 import os
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from cutline.objectives.gather import world
 from cutline.transfer.augment import COLOURS, CutDepth
 from cutline.transfer.data import Sample, Split
 
@@ -95,16 +96,22 @@ class Batches:
         epochs = {e: np.random.default_rng([self.seed, 1, e]).permutation(n) for e in np.unique(places // n).tolist()}
         return np.array([epochs[p // n][p % n] for p in places.tolist()])
 
-    def make(self, step: int) -> Batch:
-        rng = np.random.default_rng([self.seed, 2, step])
+    def drawn(self, step: int) -> list[tuple[int, np.random.Generator]]:
+        """This process's share of batch `step`: places in the training set, and each one's own random numbers."""
+        rank, world_size = world()
+        share = self.size // world_size
+        mine = range(rank * share, (rank + 1) * share)
         order = self.order(step)
-        flips = rng.random(self.size) < 0.5 if self.flip else np.zeros(self.size, bool)
-        rows = [self.rows[i] for i in order]
-        images, targets = (
-            torch.stack(part) for part in zip(*(self.view(r, bool(f), rng) for r, f in zip(rows, flips)))
-        )
-        keys = [self.split.keys[r] for r in rows]
-        return Batch(images, targets, keys, torch.from_numpy(order), torch.from_numpy(flips))
+        return [(int(order[i]), np.random.default_rng([self.seed, 2, step, i])) for i in mine]
+
+    def make(self, step: int) -> Batch:
+        """This process's share of batch `step`."""
+        drawn = self.drawn(step)
+        flips = [self.flip and bool(rng.random() < 0.5) for _, rng in drawn]
+        views = (self.view(self.rows[place], flip, rng) for (place, rng), flip in zip(drawn, flips, strict=True))
+        images, targets = (torch.stack(part) for part in zip(*views))
+        keys = [self.split.keys[self.rows[place]] for place, _ in drawn]
+        return Batch(images, targets, keys, torch.tensor([place for place, _ in drawn]), torch.tensor(flips))
 
     def pictures(self, rows: Sequence[int]) -> Tensor:
         """Pictures of equal size, (len(rows), 3, H, W) uint8."""

@@ -10,6 +10,7 @@
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,15 +24,16 @@ from torch.nn import functional as F
 from cutline.errors import ConfigError, DataError
 from cutline.record import Result, fingerprint
 from cutline.train.device import device_of
-from cutline.transfer.batches import THREADS, ahead
-from cutline.transfer.data import DenseData, open_data
-from cutline.transfer.finetune import Prepared, encoder_of, finetune, still_features
+from cutline.transfer.batches import stack_images
+from cutline.transfer.data import DenseData, Sample, open_data
+from cutline.transfer.finetune import finetune, still_features
 from cutline.transfer.metrics import Hits
 from cutline.transfer.model import Transferred
 from cutline.transfer.options import SplitName, TransferConfig, autocast, seeded
+from cutline.transfer.prepared import Prepared, encoder_of
 from cutline.transfer.probes import AttentiveProbe, LinearProbe, NeighbourProbe
 from cutline.transfer.run import run
-from cutline.transfer.scoring import protocol, scored_rows, shown
+from cutline.transfer.scoring import grouped, protocol, read_along, scored_rows, shown
 from cutline.transfer.views import WHOLE, Square, Views, stack_views
 
 CUT = (0.35, 1.0)  # share of the area that a random crop keeps, when fine-tuning and not given
@@ -147,10 +149,12 @@ class Classifier(Transferred):
         return [self.classes[i] for i in self.probabilities(images).argmax(1)]
 
 
-def fit(encoder: Any, data: str | DenseData, config: ClassifyConfig, out: Path | None = None) -> Classifier:
+def fit(
+    encoder: Any, data: str | DenseData, config: ClassifyConfig, out: Path | None = None, resume: bool = False
+) -> Classifier:
     """Train a classifier on a copy of `encoder` (an `Encoder`, or what `load_encoder` takes).
 
-    The model's `config` has every open choice filled in.
+    The model's `config` has every open choice filled in. resume: go on from the last checkpoint in `out`, if there is one.
     """
     start, opened = encoder_of(encoder, config), open_data(data, "classify")
     config = _filled(config, start.size)
@@ -168,7 +172,7 @@ def fit(encoder: Any, data: str | DenseData, config: ClassifyConfig, out: Path |
         if config.head == "knn":
             _remember(model, views)
         else:
-            finetune(model, prepared, views, _loss(config.smoothing), out)
+            finetune(model, prepared, views, _loss(config.smoothing), out, resume)
     model.labels, model.skipped = len(prepared.rows), prepared.skipped
     return model
 
@@ -226,13 +230,13 @@ def score(model: Classifier, data: str | DenseData, split: SplitName | None = No
     device, hits = next(model.parameters()).device, Hits(len(model.classes))
     model.eval()
 
-    def read(some: list[int]) -> tuple[Tensor, Tensor]:
-        samples = [part.read(r) for r in some]
-        return stack_views([s.image for s in samples], model.square), torch.tensor([int(s.target) for s in samples])
+    def view(sample: Sample) -> Sample:
+        return replace(sample, image=model.square(sample.image))
 
-    groups = [rows[i : i + config.batch] for i in range(0, len(rows), config.batch)]
-    for views, truth in ahead(read, groups, THREADS):
-        hits.update(model.logits(views), truth.to(device))
+    for samples in grouped(read_along(part, rows, view), config.batch):
+        truth = torch.tensor([int(s.target) for s in samples], device=device)
+        hits.update(model.logits(stack_images([s.image for s in samples])), truth)
+    hits.join()
     accuracy = dict(zip(model.classes, hits.accuracy().tolist(), strict=True))
     return Result(
         metrics=hits.scores(),
@@ -242,8 +246,11 @@ def score(model: Classifier, data: str | DenseData, split: SplitName | None = No
     )
 
 
-def classify(encoder: Any, data: str | DenseData, config: ClassifyConfig, out: Path | None = None) -> Result:
-    """`fit`, then `score`; with `out`, write there result.json, the model, metrics.jsonl and a grid of predictions."""
+def classify(
+    encoder: Any, data: str | DenseData, config: ClassifyConfig, out: Path | None = None, resume: bool = False
+) -> Result:
+    """`fit`, then `score`, on all processes of torchrun; with `out`, write there result.json, the model, metrics.jsonl and a
+    grid of predictions. resume: go on from the last checkpoint there."""
     opened = open_data(data, "classify")
 
     def draw(model: Classifier, path: Path) -> None:
@@ -260,4 +267,6 @@ def classify(encoder: Any, data: str | DenseData, config: ClassifyConfig, out: P
             shares.max(1).tolist(),
         )
 
-    return run(lambda: fit(encoder, opened, config, out), lambda model: score(model, opened), draw, out)
+    return run(
+        config.device, lambda: fit(encoder, opened, config, out, resume), lambda model: score(model, opened), draw, out
+    )

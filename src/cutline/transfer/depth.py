@@ -24,12 +24,13 @@ from cutline.record import Result
 from cutline.transfer import heads, pyramid
 from cutline.transfer.augment import CutDepth
 from cutline.transfer.data import DenseData, open_data
-from cutline.transfer.finetune import PreparedDense, encoder_of, finetune
+from cutline.transfer.finetune import finetune
 from cutline.transfer.metrics import DepthErrors
 from cutline.transfer.model import Dense, by_shape
 from cutline.transfer.options import DenseConfig, SplitName, default_channels, look, seeded
+from cutline.transfer.prepared import PreparedDense, encoder_of
 from cutline.transfer.run import run
-from cutline.transfer.scoring import protocol, scored_rows, shown
+from cutline.transfer.scoring import protocol, read_along, scored_rows, shown
 
 # From a median that is no number of metres to a likely one: millimetres, KITTI's PNG, kilometres.
 FACTORS = {"0.001": 0.001, "1/256": 1 / 256, "1000": 1000.0}
@@ -109,10 +110,12 @@ def silog(predicted: Tensor, truth: Tensor, valid: Tensor, variance: float = 0.5
     return (d.square().mean() - variance * d.mean().square()).clamp_min(1e-12).sqrt()
 
 
-def fit(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | None = None) -> DepthEstimator:
+def fit(
+    encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | None = None, resume: bool = False
+) -> DepthEstimator:
     """Train a depth estimator on a copy of `encoder` (an `Encoder`, or what `load_encoder` takes).
 
-    The model's `config` has every open choice filled in.
+    The model's `config` has every open choice filled in. resume: go on from the last checkpoint in `out`, if there is one.
     """
     start, opened = encoder_of(encoder, config), open_data(data, "depth")
     config = config.model_copy(update={"max_depth": config.max_depth or opened.max_depth or config.top})
@@ -126,7 +129,7 @@ def fit(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | No
     with seeded(config):
         model = DepthEstimator(start, prepared.config)
         paste = CutDepth(config.cutdepth, config.top) if config.cutdepth else None
-        finetune(model, prepared, prepared.batches(start.mean, 0, paste), loss, out)
+        finetune(model, prepared, prepared.batches(start.mean, 0, paste), loss, out, resume)
     model.labels, model.skipped = len(prepared.rows), prepared.skipped
     return model
 
@@ -174,11 +177,11 @@ def score(model: DepthEstimator, data: str | DenseData, split: SplitName | None 
     part, rows, skipped = scored_rows(config, opened)
     device, view, errors = next(model.parameters()).device, look(config), DepthErrors()
     model.eval()
-    samples = (part.read(r) for r in rows)
-    for images, targets in by_shape(((s.image, s.target) for s in samples), config.batch):
+    for images, targets in by_shape(((s.image, s.target) for s in read_along(part, rows)), config.batch):
         for predicted, target in zip(model.clamp(view(model, images))[:, 0], targets, strict=True):
             truth = torch.from_numpy(target).to(device)
             errors.update(predicted, truth, counted(truth, config))
+    errors.join()
     if not errors.pictures:
         raise DataError(
             f"no picture of {opened.spec} has a reading between {config.min_depth} and {config.top} m: "
@@ -192,8 +195,11 @@ def score(model: DepthEstimator, data: str | DenseData, split: SplitName | None 
     )
 
 
-def depth(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | None = None) -> Result:
-    """`fit`, then `score`; with `out`, write there result.json, the model, metrics.jsonl and a grid of predictions."""
+def depth(
+    encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | None = None, resume: bool = False
+) -> Result:
+    """`fit`, then `score`, on all processes of torchrun; with `out`, write there result.json, the model, metrics.jsonl and a
+    grid of predictions. resume: go on from the last checkpoint there."""
     opened = open_data(data, "depth")
 
     def draw(model: DepthEstimator, path: Path) -> None:
@@ -202,4 +208,6 @@ def depth(encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | 
         samples = shown(model.config, opened)
         depth_grid(path, samples, model.predict([s.image for s in samples]), model.config.top)
 
-    return run(lambda: fit(encoder, opened, config, out), lambda model: score(model, opened), draw, out)
+    return run(
+        config.device, lambda: fit(encoder, opened, config, out, resume), lambda model: score(model, opened), draw, out
+    )

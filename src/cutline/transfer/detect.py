@@ -8,7 +8,6 @@
 """
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,18 +15,18 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from cutline.errors import DataError
-from cutline.progress import progress
 from cutline.record import Result, fingerprint
 from cutline.train.device import device_of
 from cutline.transfer.average_precision import AveragePrecision, coco_library
 from cutline.transfer.batches import Cut
 from cutline.transfer.data import DenseData, open_data
 from cutline.transfer.detector import Detector
-from cutline.transfer.finetune import Prepared, encoder_of, mean_colour, train
 from cutline.transfer.jitter import ObjectBatch, ObjectBatches
+from cutline.transfer.loop import train
 from cutline.transfer.options import SplitName, TransferConfig, default_channels, rising, seeded
+from cutline.transfer.prepared import Prepared, encoder_of, mean_colour
 from cutline.transfer.run import run
-from cutline.transfer.scoring import protocol, scored_rows, shown
+from cutline.transfer.scoring import grouped, protocol, read_along, scored_rows, shown
 
 LARGEST = 1024  # long side when not given: ViTDet's
 SMALLEST = 102  # pixels of a side below which default jitter makes no picture: ViTDet's tenth of 1024
@@ -103,10 +102,12 @@ class PreparedDetect(Prepared[DetectConfig]):
         )
 
 
-def fit(encoder: Any, data: str | DenseData, config: DetectConfig, out: Path | None = None) -> Detector:
+def fit(
+    encoder: Any, data: str | DenseData, config: DetectConfig, out: Path | None = None, resume: bool = False
+) -> Detector:
     """Train a detector on a copy of `encoder` (an `Encoder`, or what `load_encoder` takes).
 
-    The model's `config` has every open choice filled in.
+    The model's `config` has every open choice filled in. resume: go on from the last checkpoint in `out`, if there is one.
     """
     start, opened = encoder_of(encoder, config), open_data(data, "detect")
     prepared = PreparedDetect(config, opened, max(start.channels))
@@ -124,7 +125,7 @@ def fit(encoder: Any, data: str | DenseData, config: DetectConfig, out: Path | N
             total: Tensor = sum(model(pictures, kept).values())
             return total
 
-        train(model, prepared, cast(Iterator[ObjectBatch], batches.iterate(0, prepared.steps)), loss, out)
+        train(model, prepared, cast(Any, batches.iterate), loss, out, resume)
     model.labels, model.skipped = len(prepared.rows), prepared.skipped
     return model
 
@@ -138,12 +139,10 @@ def score(model: Detector, data: str | DenseData, split: SplitName | None = None
         raise DataError(f"{opened.spec} has other classes than the model was trained on ({', '.join(model.classes)}).")
     part, rows, skipped = scored_rows(config, opened)
     scores = AveragePrecision(model.classes, model.masks and opened.notes["masks"])
-    with progress("predicting", len(rows), "pictures") as tick:
-        for first in range(0, len(rows), config.batch):
-            samples = [part.read(r) for r in rows[first : first + config.batch]]
-            for sample, found in zip(samples, model.predict([s.image for s in samples]), strict=True):
-                scores.update(sample.target, found)
-            tick(len(samples))
+    for samples in grouped(read_along(part, rows), config.batch):
+        for sample, found in zip(samples, model.predict([s.image for s in samples]), strict=True):
+            scores.update(sample.target, found)
+    scores.join()
     return Result(
         metrics=scores.scores(),
         per_class=scores.by_class(),
@@ -152,8 +151,11 @@ def score(model: Detector, data: str | DenseData, split: SplitName | None = None
     )
 
 
-def detect(encoder: Any, data: str | DenseData, config: DetectConfig, out: Path | None = None) -> Result:
-    """`fit`, then `score`; with `out`, write there result.json, the model, metrics.jsonl and a grid of predictions."""
+def detect(
+    encoder: Any, data: str | DenseData, config: DetectConfig, out: Path | None = None, resume: bool = False
+) -> Result:
+    """`fit`, then `score`, on all processes of torchrun; with `out`, write there result.json, the model, metrics.jsonl and a
+    grid of predictions. resume: go on from the last checkpoint there."""
     coco_library()  # told before training, not after
     opened = open_data(data, "detect")
 
@@ -163,4 +165,6 @@ def detect(encoder: Any, data: str | DenseData, config: DetectConfig, out: Path 
         samples = shown(model.config, opened)
         object_grid(path, samples, model.predict([s.image for s in samples]), model.classes)
 
-    return run(lambda: fit(encoder, opened, config, out), lambda model: score(model, opened), draw, out)
+    return run(
+        config.device, lambda: fit(encoder, opened, config, out, resume), lambda model: score(model, opened), draw, out
+    )

@@ -35,9 +35,9 @@ class ObjectBatches(Batches):
     """`Batches` of pictures with objects."""
 
     def make(self, step: int) -> ObjectBatch:  # type: ignore[override]
-        rng = np.random.default_rng([self.seed, 2, step])
-        samples = [self.split.read(self.rows[i]) for i in self.order(step)]
-        images, targets = zip(*(jitter(s, self.how, rng) for s in samples))
+        drawn = [(self.split.read(self.rows[place]), rng) for place, rng in self.drawn(step)]
+        samples = [sample for sample, _ in drawn]
+        images, targets = zip(*(jitter(sample, self.how, rng) for sample, rng in drawn))
         return ObjectBatch(torch.stack(images), list(targets), [s.key for s in samples])
 
 

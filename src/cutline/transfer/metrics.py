@@ -8,6 +8,8 @@ instead gives other numbers, so the protocol of a result says which was used.
 import torch
 from torch import Tensor
 
+from cutline.objectives.gather import of_all
+
 IGNORE = -1  # the label of pixels that do not count, in every target of this package
 
 
@@ -24,6 +26,10 @@ class Confusion:
         index = truth[keep].long() * self.classes + predicted[keep].long()
         counts = torch.bincount(index, minlength=self.classes**2)
         self.matrix += counts.reshape(self.classes, self.classes).cpu()
+
+    def join(self) -> None:
+        """Add up what all processes have counted."""
+        self.matrix = torch.stack(of_all(self.matrix)).sum(0)
 
     def iou(self) -> Tensor:
         """Intersection over union by class (classes,), NaN for a class neither in the truth nor predicted."""
@@ -53,6 +59,10 @@ class Hits:
         self.truth += torch.bincount(truth, minlength=classes).cpu()
         self.first += torch.bincount(truth[best[:, 0]], minlength=classes).cpu()
         self.five += torch.bincount(truth[best.any(1)], minlength=classes).cpu()
+
+    def join(self) -> None:
+        """Add up what all processes have counted."""
+        self.first, self.five, self.truth = (torch.stack(of_all(x)).sum(0) for x in (self.first, self.five, self.truth))
 
     def accuracy(self) -> Tensor:
         """Share of each class's pictures that is told (K,), NaN for a class without a picture."""
@@ -104,6 +114,12 @@ class DepthErrors:
         for name, value in depth_errors(predicted[valid], truth[valid]).items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.pictures += 1
+
+    def join(self) -> None:
+        """Add up what all processes have gathered."""
+        parts = of_all((self.sums, self.pictures))
+        self.sums = {name: sum(sums.get(name, 0.0) for sums, _ in parts) for sums, _ in parts for name in sums}
+        self.pictures = sum(pictures for _, pictures in parts)
 
     def scores(self) -> dict[str, float]:
         return {k: v / self.pictures for k, v in self.sums.items()}

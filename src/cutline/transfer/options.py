@@ -13,6 +13,7 @@ from cutline.train.device import device_of
 from cutline.transfer.model import Look
 
 SplitName = Literal["train", "val", "test"]
+NO_NUMBER = {"device", "grad_checkpointing", "save_every"}  # options that no score depends on
 
 
 class TransferConfig(Config):
@@ -20,8 +21,11 @@ class TransferConfig(Config):
 
     frozen: train the head alone. labels: how many training pictures to use, or which share (nested subsets by `seed`).
     steps: default 20 passes over them, at least 400 and at most 160,000 (mmsegmentation's ADE20K). lr: peak, of the
-    head; layer k of the encoder gets lr · layer_decay^(layers + 1 - k). warmup: steps. split, pictures: what is
-    scored, and how many at most. precision: "auto" is bf16 autocast on CUDA and float32 elsewhere.
+    head; layer k of the encoder gets lr · layer_decay^(layers + 1 - k). warmup: steps. ema: decay of an average of the
+    weights that is kept in their place (FT-CLIP: 0.9998). split, pictures: what is scored, and how many at most.
+    precision: "auto" is bf16 autocast on CUDA and float32 elsewhere. batch: of all processes together.
+    grad_checkpointing: compute the encoder's activations twice and keep less of them. save_every: steps between
+    checkpoints.
     """
 
     frozen: bool = False
@@ -36,11 +40,14 @@ class TransferConfig(Config):
     schedule: Literal["poly", "cosine", "constant", "drops"] = "poly"
     power: float = Field(1.0, gt=0)
     clip: float | None = Field(None, gt=0)
+    ema: float | None = Field(None, gt=0, lt=1)
     flip: bool = True
     split: SplitName = "val"
     pictures: int | None = Field(None, ge=1)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
+    grad_checkpointing: bool = False
+    save_every: int = Field(500, ge=1)
     seed: int = 0
 
     @field_validator("labels")

@@ -1,11 +1,14 @@
 """A whole transfer: train, save, score, draw, record; the same for every task."""
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from cutline.objectives.gather import world
 from cutline.record import Result
+from cutline.train.device import process_group
 from cutline.transfer.model import Transferred
 from cutline.transfer.store import save
 
@@ -13,18 +16,21 @@ M = TypeVar("M", bound=Transferred)
 
 
 def run(
-    fit: Callable[[], M], score: Callable[[M], Result], draw: Callable[[M, Path], None], out: Path | None
+    device: str, fit: Callable[[], M], score: Callable[[M], Result], draw: Callable[[M, Path], None], out: Path | None
 ) -> Result:
-    """`fit`, then `score`; with `out`, write there the model, metrics.jsonl, samples.png (by `draw`) and result.json.
+    """`fit`, then `score`, on all processes of torchrun, each with its share of the work and with the same result.
 
-    The result's seconds are those of training and scoring.
+    With `out`, the first writes there the model, metrics.jsonl, samples.png (by `draw`) and result.json, and takes the
+    checkpoints away. The result's seconds are those of training and scoring.
     """
     begun = time.monotonic()
-    model = fit()
-    if out is not None:
-        save(model, out / "model")  # before scoring, which bad pictures may stop
-    result = score(model).model_copy(update={"seconds": time.monotonic() - begun})
-    if out is not None:
-        draw(model, out / "samples.png")
-        result.write(out)
+    with process_group(device):
+        model, first = fit(), world()[0] == 0
+        if out is not None and first:
+            save(model, out / "model")  # before scoring, which bad pictures may stop
+        result = score(model).model_copy(update={"seconds": time.monotonic() - begun})
+        if out is not None and first:
+            draw(model, out / "samples.png")
+            result.write(out)
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return result

@@ -1,12 +1,17 @@
 """What is scored and how it is recorded: the rows of a split, the protocol of a result, a few samples to look at."""
 
+from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from cutline.errors import DataError
+from cutline.objectives.gather import world
+from cutline.progress import progress
 from cutline.record import Protocol
+from cutline.transfer.batches import THREADS, ahead
 from cutline.transfer.data import DenseData, Sample, Skip, Split
 from cutline.transfer.model import Transferred
-from cutline.transfer.options import TransferConfig, precision
+from cutline.transfer.options import NO_NUMBER, TransferConfig, precision
 
 
 def scored_rows(config: TransferConfig, data: DenseData) -> tuple[Split, list[int], int]:
@@ -19,11 +24,30 @@ def scored_rows(config: TransferConfig, data: DenseData) -> tuple[Split, list[in
     return split, rows, sum(skipped.values())
 
 
+def read_along(split: Split, rows: list[int], then: Callable[[Sample], Sample] = lambda s: s) -> Iterator[Sample]:
+    """The samples of this process's share of the rows, and what `then` makes of them, read ahead by threads; with progress.
+
+    Shares are consecutive, so that joined in order of the processes they are all rows in theirs.
+    """
+    rank, size = world()
+    mine = rows[len(rows) * rank // size : len(rows) * (rank + 1) // size]
+    with progress(f"scoring {split.name}", len(mine), "pictures", rank == 0) as tick:
+        for sample in ahead(lambda row: then(split.read(row)), mine, THREADS):
+            yield sample
+            tick()
+
+
+def grouped(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
+    """Consecutive samples, `size` at a time and what is left."""
+    while group := list(islice(samples, size)):
+        yield group
+
+
 def protocol(
     task: str, config: TransferConfig, data: DenseData, model: Transferred, scored: int, skipped: int, **settings: Any
 ) -> Protocol:
     """How a score of `task` was measured: everything in the config, the data and what of them could be read."""
-    values = config.model_dump(mode="json", exclude={"seed", "split", "device"})
+    values = config.model_dump(mode="json", exclude={"seed", "split", *NO_NUMBER})
     values["precision"] = precision(config)
     counts = {"scored": scored, "skipped": skipped, "trained": model.labels, "trained_skipped": model.skipped}
     return Protocol(

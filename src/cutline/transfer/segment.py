@@ -23,12 +23,13 @@ from cutline.errors import DataError
 from cutline.record import Result, fingerprint
 from cutline.transfer import heads, pyramid
 from cutline.transfer.data import DenseData, open_data
-from cutline.transfer.finetune import PreparedDense, encoder_of, finetune
+from cutline.transfer.finetune import finetune
 from cutline.transfer.metrics import IGNORE, Confusion
 from cutline.transfer.model import Dense, Look, by_shape
 from cutline.transfer.options import DenseConfig, SplitName, default_channels, look, seeded
+from cutline.transfer.prepared import PreparedDense, encoder_of
 from cutline.transfer.run import run
-from cutline.transfer.scoring import protocol, scored_rows, shown
+from cutline.transfer.scoring import protocol, read_along, scored_rows, shown
 
 
 class SegmentConfig(DenseConfig):
@@ -106,16 +107,18 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return total / (target != IGNORE).sum().clamp_min(1)
 
 
-def fit(encoder: Any, data: str | DenseData, config: SegmentConfig, out: Path | None = None) -> Segmenter:
+def fit(
+    encoder: Any, data: str | DenseData, config: SegmentConfig, out: Path | None = None, resume: bool = False
+) -> Segmenter:
     """Train a segmenter on a copy of `encoder` (an `Encoder`, or what `load_encoder` takes).
 
-    The model's `config` has every open choice filled in.
+    The model's `config` has every open choice filled in. resume: go on from the last checkpoint in `out`, if there is one.
     """
     start, opened = encoder_of(encoder, config), open_data(data, "segment")
     prepared = PreparedDense(config, opened, max(start.channels))
     with seeded(config):
         model = Segmenter(start, prepared.config, opened.classes)
-        finetune(model, prepared, prepared.batches(start.mean, IGNORE), cross_entropy, out)
+        finetune(model, prepared, prepared.batches(start.mean, IGNORE), cross_entropy, out, resume)
     model.labels, model.skipped = len(prepared.rows), prepared.skipped
     return model
 
@@ -130,10 +133,10 @@ def score(model: Segmenter, data: str | DenseData, split: SplitName | None = Non
     part, rows, skipped = scored_rows(config, opened)
     device, view, confusion = next(model.parameters()).device, model.look(), Confusion(len(model.classes))
     model.eval()
-    samples = (part.read(r) for r in rows)
-    for images, targets in by_shape(((s.image, s.target) for s in samples), config.batch):
+    for images, targets in by_shape(((s.image, s.target) for s in read_along(part, rows)), config.batch):
         predicted = view(model, images).argmax(1)
         confusion.update(predicted, torch.from_numpy(np.stack(targets)).to(device))
+    confusion.join()
     iou = dict(zip(model.classes, confusion.iou().tolist(), strict=True))
     return Result(
         metrics=confusion.scores(),
@@ -143,8 +146,11 @@ def score(model: Segmenter, data: str | DenseData, split: SplitName | None = Non
     )
 
 
-def segment(encoder: Any, data: str | DenseData, config: SegmentConfig, out: Path | None = None) -> Result:
-    """`fit`, then `score`; with `out`, write there result.json, the model, metrics.jsonl and a grid of predictions."""
+def segment(
+    encoder: Any, data: str | DenseData, config: SegmentConfig, out: Path | None = None, resume: bool = False
+) -> Result:
+    """`fit`, then `score`, on all processes of torchrun; with `out`, write there result.json, the model, metrics.jsonl and a
+    grid of predictions. resume: go on from the last checkpoint there."""
     opened = open_data(data, "segment")
 
     def draw(model: Segmenter, path: Path) -> None:
@@ -153,4 +159,6 @@ def segment(encoder: Any, data: str | DenseData, config: SegmentConfig, out: Pat
         samples = shown(model.config, opened)
         class_grid(path, samples, model.predict([s.image for s in samples]), model.classes)
 
-    return run(lambda: fit(encoder, opened, config, out), lambda model: score(model, opened), draw, out)
+    return run(
+        config.device, lambda: fit(encoder, opened, config, out, resume), lambda model: score(model, opened), draw, out
+    )
