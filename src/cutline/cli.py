@@ -28,6 +28,8 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of the co
 Encoder = Annotated[str, typer.Option(help="A run directory, name:pretrained of open_clip, a timm name, or hf-hub:…")]
 Data = Annotated[str, typer.Option(help="What to score on: kind:path.")]
 Out = Annotated[Path | None, typer.Option(help="Output folder.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
+Sweep = Annotated[str | None, typer.Option(help="Choose by validation: lr, or lr=1e-4,3e-4,1e-3.")]
 
 
 @app.callback()
@@ -110,7 +112,7 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, YAML.")],
     overrides: Overrides = None,
     out: Out = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+    resume: Resume = False,
 ) -> None:
     """Pretrain by a recipe. Under torchrun: on all its processes."""
     from cutline.config import load
@@ -126,47 +128,87 @@ def train(
 
 
 @transfer_app.command()
-def segment(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+def segment(
+    encoder: Encoder,
+    data: Data,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    sweep: Sweep = None,
+) -> None:
     """Semantic segmentation: mIoU, mAcc, pixel accuracy."""
-    from cutline.config import load
     from cutline.transfer.segment import SegmentConfig
-    from cutline.transfer.segment import segment as run
 
-    folder = out or _folder(encoder, "segment", data, overrides)
-    _scored(run(encoder, data, load(SegmentConfig, None, list(overrides or [])), folder), folder)
+    _transfer("segment", SegmentConfig, encoder, data, overrides, out, resume, sweep)
 
 
 @transfer_app.command()
-def depth(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+def depth(
+    encoder: Encoder,
+    data: Data,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    sweep: Sweep = None,
+) -> None:
     """Depth from one picture: RMSE (m), AbsRel, δ1–3, log10, SILog."""
-    from cutline.config import load
     from cutline.transfer.depth import DepthConfig
-    from cutline.transfer.depth import depth as run
 
-    folder = out or _folder(encoder, "depth", data, overrides)
-    _scored(run(encoder, data, load(DepthConfig, None, list(overrides or [])), folder), folder)
+    _transfer("depth", DepthConfig, encoder, data, overrides, out, resume, sweep)
 
 
 @transfer_app.command()
-def classify(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+def classify(
+    encoder: Encoder,
+    data: Data,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    sweep: Sweep = None,
+) -> None:
     """The class of a picture (head=linear, attentive or knn): top-1, top-5, mean class accuracy."""
-    from cutline.config import load
     from cutline.transfer.classify import ClassifyConfig
-    from cutline.transfer.classify import classify as run
 
-    folder = out or _folder(encoder, "classify", data, overrides)
-    _scored(run(encoder, data, load(ClassifyConfig, None, list(overrides or [])), folder), folder)
+    _transfer("classify", ClassifyConfig, encoder, data, overrides, out, resume, sweep)
 
 
 @transfer_app.command()
-def detect(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+def detect(
+    encoder: Encoder,
+    data: Data,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Resume = False,
+    sweep: Sweep = None,
+) -> None:
     """Objects, their boxes and masks: AP, AP50, AP75, AP of small, medium and large ones."""
-    from cutline.config import load
     from cutline.transfer.detect import DetectConfig
-    from cutline.transfer.detect import detect as run
 
-    folder = out or _folder(encoder, "detect", data, overrides)
-    _scored(run(encoder, data, load(DetectConfig, None, list(overrides or [])), folder), folder)
+    _transfer("detect", DetectConfig, encoder, data, overrides, out, resume, sweep)
+
+
+def _transfer(
+    task: Any,
+    kind: Any,
+    encoder: str,
+    data: str,
+    overrides: list[str] | None,
+    out: Path | None,
+    resume: bool,
+    lr: str | None,
+) -> None:
+    from cutline.config import load
+    from cutline.transfer.run import transfer
+    from cutline.transfer.sweep import parse_rates, sweep
+
+    folder = out or _folder(encoder, task, data, [*(overrides or []), *([f"sweep {lr}"] if lr else [])])
+    config = load(kind, None, list(overrides or []))
+    if lr is None:
+        result = transfer(task, encoder, data, config, folder, resume)
+    else:
+        result = sweep(task, encoder, data, config, folder, parse_rates(lr), resume)
+    if os.environ.get("RANK", "0") == "0":
+        _scored(result, folder)
 
 
 @zeroshot_app.command()

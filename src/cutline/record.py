@@ -17,6 +17,15 @@ from pydantic import ConfigDict, Field
 from cutline.config import Config
 from cutline.errors import DataError
 
+# The number a task is judged by, its unit's factor for tables, and whether more is better.
+HEADLINE: dict[str, tuple[str, float, bool]] = {
+    "segment": ("miou", 100.0, True),
+    "depth": ("rmse", 1.0, False),
+    "classify": ("top1", 100.0, True),
+    "detect": ("ap", 100.0, True),
+    "retrieve": ("i2t_r1", 100.0, True),
+}
+
 
 def version() -> str:
     return importlib.metadata.version("cutline")

@@ -16,18 +16,18 @@ from cutline.scenes import parse_spec
 from cutline.train.recipe import Recipe
 from cutline.transfer.classify import ClassifyConfig
 from cutline.transfer.depth import DepthConfig
+from cutline.transfer.detect import DetectConfig
+from cutline.transfer.options import TransferConfig
 from cutline.transfer.segment import SegmentConfig
 from cutline.zeroshot.retrieve import RetrieveConfig
 
 OURS = "caption_ours"  # what the captioner of `Recaption` writes
 SIZES = ("tiny", "small", "full")
-
-# The number a task is judged by, its unit's factor for tables, and whether more is better.
-HEADLINE: dict[str, tuple[str, float, bool]] = {
-    "segment": ("miou", 100.0, True),
-    "depth": ("rmse", 1.0, False),
-    "classify": ("top1", 100.0, True),
-    "retrieve": ("i2t_r1", 100.0, True),
+CONFIGS: dict[str, type[TransferConfig]] = {
+    "segment": SegmentConfig,
+    "depth": DepthConfig,
+    "classify": ClassifyConfig,
+    "detect": DetectConfig,
 }
 
 
@@ -43,25 +43,26 @@ class Task(Config):
     """One transfer or zero-shot task: the kind, its data and its config. Every arm gets the same.
 
     data: a SPEC; for "retrieve" a table or `scenes:n=…`. An arm whose text tower was not trained retrieves by chance.
+    sweep: learning rates, of which every arm and seed takes its own best by validation (`transfer.sweep`).
     """
 
-    task: Literal["segment", "depth", "classify", "retrieve"]
+    task: Literal["segment", "depth", "classify", "detect", "retrieve"]
     data: str
     config: dict[str, Any] = Field(default_factory=dict)
+    sweep: list[Annotated[float, Field(gt=0)]] = Field(default_factory=list)
 
     @model_validator(mode="after")
     def _check(self) -> "Task":
         _or_value_error("config", lambda: self.build(0))
+        if self.sweep and self.task == "retrieve":
+            raise ValueError("sweep: retrieval trains nothing; leave it out")
         return self
 
-    def build(self, seed: int) -> SegmentConfig | DepthConfig | ClassifyConfig | RetrieveConfig:
+    def build(self, seed: int) -> TransferConfig | RetrieveConfig:
         """The task's config with a study's seed, where it draws anything."""
         if self.task == "retrieve":
             return check(RetrieveConfig, self.config)
-        values = {**self.config, "seed": seed}
-        if self.task == "classify":
-            return check(ClassifyConfig, values)
-        return check(SegmentConfig, values) if self.task == "segment" else check(DepthConfig, values)
+        return check(CONFIGS[self.task], {**self.config, "seed": seed})
 
 
 class Recaption(Config):

@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cutline.config import dump
-from cutline.record import Result, version, write_atomic
+from cutline.record import HEADLINE, Result, version, write_atomic
 from cutline.study.cards import cards
-from cutline.study.plan import HEADLINE, Plan
+from cutline.study.plan import Plan
 from cutline.study.runner import Cell, results
 from cutline.study.statistics import ONE_SEED, Difference, difference, headline, mean_spread, scores
 from cutline.zeroshot.retrieve import RetrieveConfig

@@ -16,9 +16,8 @@ from cutline.study.plan import Plan, load_plan, slug
 from cutline.study.recaption import recaption
 from cutline.train.loop import read_from, train
 from cutline.train.stream import Source, open_source
-from cutline.transfer.classify import ClassifyConfig, classify
-from cutline.transfer.depth import DepthConfig, depth
-from cutline.transfer.segment import segment
+from cutline.transfer.run import transfer
+from cutline.transfer.sweep import sweep
 from cutline.zeroshot.retrieve import RetrieveConfig, retrieve
 
 
@@ -108,10 +107,9 @@ def _transfer(plan: Plan, cell: Cell, out: Path, encoder: str) -> Result:
         return Result.read(folder)
     task = plan.tasks[cell.task]
     config = task.build(cell.seed)
-    if isinstance(config, DepthConfig):
-        return depth(encoder, task.data, config, folder)
-    if isinstance(config, ClassifyConfig):
-        return classify(encoder, task.data, config, folder)
     if isinstance(config, RetrieveConfig):
         return retrieve(encoder, open_source(task.data, config.where), config, task.data, folder)
-    return segment(encoder, task.data, config, folder)
+    assert task.task != "retrieve"
+    if task.sweep:
+        return sweep(task.task, encoder, task.data, config, folder, task.sweep, resume=True)
+    return transfer(task.task, encoder, task.data, config, folder, resume=True)

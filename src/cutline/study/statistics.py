@@ -4,8 +4,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from cutline.record import Result, check_comparable
-from cutline.study.plan import HEADLINE, Plan
+from cutline.record import HEADLINE, Result, check_comparable
+from cutline.study.plan import Plan
 from cutline.study.runner import Cell
 
 # With one seed there is no spread to judge by: below this relative difference we say that nothing was shown.

@@ -93,6 +93,12 @@ class ClassifyConfig(TransferConfig):
                 raise ValueError(f"head={self.head} {why}: leave {name} out")
         return self
 
+    @property
+    def peak(self) -> float | None:
+        if self.head == "knn":
+            return None
+        return self.lr or (LR_FROZEN if self.frozen else LR)
+
 
 class Classifier(Transferred):
     """Logits (B, K) of normalised test or training views (B, 3, size, size); for knn the logs of the votes.
@@ -186,7 +192,7 @@ def _filled(config: ClassifyConfig, size: int) -> ClassifyConfig:
     known: dict[str, Any] = {"size": size, "short": short, "frozen": config.frozen or config.head == "knn"}
     if config.head != "knn":
         known["scale"] = config.scale or (WHOLE if config.frozen else CUT)
-        known["lr"] = config.lr or (LR_FROZEN if config.frozen else LR)
+        known["lr"] = config.peak
     return config.model_copy(update=known)
 
 

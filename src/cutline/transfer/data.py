@@ -78,6 +78,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def part(self, rows: Sequence[int]) -> "Split":
+        """Some of its rows, as a split of that name."""
+        labels = None if self.labels is None else self.labels[list(rows)]
+        return Split(self.name, [self.keys[r] for r in rows], lambda i: self.read(rows[i]), labels)
+
     def read(self, row: int) -> Sample:
         """The sample, from memory if it is there; raises `Skip`. Thread-safe."""
         if (cached := self._cache.get(row)) is not None:

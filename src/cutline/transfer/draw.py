@@ -149,6 +149,20 @@ def _objects(
         )  # fmt: skip
 
 
+def rate_curve(path: Path, scores: dict[float, float], best: float, metric: str, by: str) -> None:
+    """Write a PNG of a sweep: the score of every learning rate, failed ones left out, and the best."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4.5, 3), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(list(scores), list(scores.values()), "o-", color="#4477aa")
+    axis.plot([best], [scores[best]], "o", color=RIGHT, markersize=10, label=f"best: {best:g}")
+    axis.set(xscale="log", xlabel="learning rate", ylabel=f"{metric} on {by}")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    _write(figure, path)
+
+
 def _figure(samples: Sequence[Sample], legend: float) -> tuple[Any, NDArray[Any], float]:
     """A figure of 3 rows with `legend` inches free below, its axes (3, samples), and the free share of the height."""
     from matplotlib.figure import Figure

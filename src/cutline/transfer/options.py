@@ -50,6 +50,11 @@ class TransferConfig(Config):
     save_every: int = Field(500, ge=1)
     seed: int = 0
 
+    @property
+    def peak(self) -> float | None:
+        """The learning rate, also where it is not given; None where nothing is trained."""
+        return self.lr
+
     @field_validator("labels")
     @classmethod
     def _labels(cls, value: int | float | None) -> int | float | None:

@@ -1,18 +1,35 @@
 """A whole transfer: train, save, score, draw, record; the same for every task."""
 
+import importlib
 import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from cutline.objectives.gather import world
 from cutline.record import Result
 from cutline.train.device import process_group
+from cutline.transfer.data import DenseData, Task
 from cutline.transfer.model import Transferred
+from cutline.transfer.options import TransferConfig
 from cutline.transfer.store import save
 
 M = TypeVar("M", bound=Transferred)
+
+
+def transfer(
+    task: Task,
+    encoder: Any,
+    data: str | DenseData,
+    config: TransferConfig,
+    out: Path | None = None,
+    resume: bool = False,
+) -> Result:
+    """`segment`, `depth`, `classify` or `detect` by its name, with its config."""
+    run = getattr(importlib.import_module(f"cutline.transfer.{task}"), task)
+    result: Result = run(encoder, data, config, out, resume)
+    return result
 
 
 def run(
