@@ -33,7 +33,7 @@ from cutline.transfer.jitter import ObjectBatches, jitter
 from cutline.transfer.objects import Objects
 from cutline.transfer.store import load
 from cutline.transfer.store import save as save_model
-from cutline.transfer.windows import use_windows
+from cutline.transfer.windows import use_relative, use_windows
 
 QUICK: dict[str, Any] = {"steps": 3, "batch": 2, "channels": 16, "hidden": 32, "rois": 16, "lr": 1e-3}
 CATEGORIES = [{"id": 7, "name": "red"}, {"id": 3, "name": "blue"}]
@@ -538,9 +538,54 @@ def test_a_window_sees_its_own_patches_alone() -> None:
     assert torch.equal(windows.after(torch.nn.Identity(), (), cut_up), tokens)
 
 
+@pytest.mark.parametrize("name", ["scratch:vit-tiny-64", "scratch:vit_tiny_patch16_224"])
+@pytest.mark.parametrize("window", [None, 3])
+def test_relative_positions_by_formula(name: str, window: int | None) -> None:
+    encoder = load_encoder(name).eval()
+    images = torch.randn(2, 3, 5 * encoder.patch, 7 * encoder.patch)
+    if window:
+        use_windows(encoder, window)
+    with torch.no_grad():
+        plain = encoder(images)
+        use_relative(encoder, 5, window)
+        for a, b in zip(encoder(images), plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)  # the tables begin at zero
+    blocks = (
+        encoder.visual.transformer.resblocks if hasattr(encoder.visual, "transformer") else encoder.visual.trunk.blocks
+    )
+    attention = blocks[0].attn  # of all patches, or of a window
+    for table in attention.relative.parameters():
+        torch.nn.init.normal_(table)
+    seen: list[Any] = []
+    native = isinstance(attention, torch.nn.MultiheadAttention)
+    attention.register_forward_pre_hook(lambda m, a, k: seen.append((a[0], k["attn_mask"])), with_kwargs=True)
+    with torch.no_grad():
+        encoder(images)
+    x, bias = seen[0]
+    grid = (3, 3) if window and len(blocks) > 4 else (5, 7)
+    heads, prefix, width = attention.num_heads, x.shape[1] - grid[0] * grid[1], attention.head_dim
+    weight, shift = (
+        (attention.in_proj_weight, attention.in_proj_bias) if native else (attention.qkv.weight, attention.qkv.bias)
+    )
+    q = (x @ weight[: x.shape[2]].T + shift[: x.shape[2]]).reshape(len(x), -1, heads, width)
+    size = (len(attention.relative.rows) + 1) // 2
+    tables = [attention.relative.rows, attention.relative.columns]
+    if size != grid[1]:  # seven columns of a table for five
+        tables[1] = torch.nn.functional.interpolate(tables[1].T[None], 2 * grid[1] - 1, mode="linear")[0].T
+    bias = bias.reshape(len(x), heads, *bias.shape[-2:])
+    assert not bias[:, :, :prefix].any()
+    assert not bias[:, :, :, :prefix].any()
+    for i, j in ((0, 0), (1, 5), (grid[0] * grid[1] - 1, 2)):
+        (yi, xi), (yj, xj) = divmod(i, grid[1]), divmod(j, grid[1])
+        r = tables[0][yi - yj + grid[0] - 1] + tables[1][xi - xj + grid[1] - 1]
+        torch.testing.assert_close(bias[:, :, prefix + i, prefix + j], q[:, prefix + i] @ r, rtol=1e-4, atol=1e-4)
+
+
 def test_a_tower_without_plain_attention_takes_no_window() -> None:
     with pytest.raises(ConfigError, match="window=14: .*Leave window out"):
         use_windows(load_encoder("scratch:mci0-128"), 14)
+    with pytest.raises(ConfigError, match="relative=true: .*Leave relative out"):
+        use_relative(load_encoder("scratch:mci0-128"), 14, None)
 
 
 # Training

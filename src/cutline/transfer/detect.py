@@ -44,6 +44,7 @@ class DetectConfig(TransferConfig):
     hidden: of the box head's fully connected layer, four times as many. anchors: their size in strides, 8 at 1024
     pixels and less for smaller pictures, but at least 2. rois: proposals of a picture that the heads learn from, half
     the size, from 64 to 512; test looks at four times as many, at most 1,000. window: cells a side of window attention, 14 in ViTDet, for plain ViTs at large sizes.
+    relative: ViTDet's relative positions, too (see `windows`).
     min_score, detections: predictions kept. The steps between 8/9 and 26/27 of all learn at a tenth, the last at a
     hundredth ("drops").
 
@@ -66,6 +67,7 @@ class DetectConfig(TransferConfig):
     anchors: float | None = Field(None, gt=0)
     rois: int | None = Field(None, ge=1)
     window: int | None = Field(None, ge=2)
+    relative: bool = False
     min_score: float = Field(0.05, ge=0, lt=1)
     detections: int = Field(100, ge=1)
 

@@ -34,7 +34,7 @@ from cutline.transfer import pyramid
 from cutline.transfer.cascade import CascadeHeads
 from cutline.transfer.model import Pyramidal
 from cutline.transfer.options import autocast
-from cutline.transfer.windows import use_windows
+from cutline.transfer.windows import use_relative, use_windows
 
 LEVELS = ("0", "1", "2", "3")  # of the pyramid that heads read; proposals also read "pool", half the last
 RATIOS = (0.5, 1.0, 2.0)  # height / width of anchors
@@ -64,6 +64,8 @@ class Detector(Pyramidal):
         self.config, self.classes, self.masks = config, list(classes), masks
         if config.window:
             use_windows(self.encoder, config.window)
+        if config.relative:
+            use_relative(self.encoder, -(-config.size // (encoder.patch or 1)), config.window)
         native = encoder.patch is None
         self.fpn = FeaturePyramidNetwork(list(built.channels), config.channels) if native else nn.Identity()
         # Exact strides of the levels; those of a ViT of patch 14 are 3.5, 7, 14 and 28.

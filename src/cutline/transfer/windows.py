@@ -7,7 +7,10 @@ multiple of the window are padded with zeros after the norm, as in ViTDet.
 
 ViTDet drops the class token. Here it stays, as the towers were trained with it: each window sees its own copy of the
 prefix tokens (class, registers), and the copies are averaged after. With one window this is global attention to the
-bit. Left out: ViTDet's relative positions, which no CLIP tower has weights for.
+bit.
+
+Relative positions are MViTv2's (2112.01526, equation 4), which ViTDet adds for detection: to the logit of query i and key
+j comes q_i · (R^h[y_i − y_j] + R^w[x_i − x_j]), with tables of each block's own, zero at the start. Prefix tokens have none.
 """
 
 from typing import Any
@@ -66,6 +69,73 @@ def use_windows(encoder: Encoder, size: int) -> list[int]:
 
     The four are 2, 5, 8 and 11 of 12, as in ViTDet. Raises `ConfigError` for towers without plain attention blocks.
     """
+    blocks, prefix = _plain(encoder, f"window={size}", "to cut into windows. Leave window out.")
+    windows, everywhere = Windows(size, int(encoder.patch or 1), prefix), even_taps(len(blocks), None)
+    encoder.register_forward_pre_hook(windows.see)
+    for k, block in enumerate(blocks):
+        if k not in everywhere:
+            block.attn.register_forward_pre_hook(windows.before)
+            block.attn.register_forward_hook(windows.after)
+    return everywhere
+
+
+class Relative(nn.Module):
+    """Tables of one block's relative positions. size: patches a side that they are for, resized to others; width: of a head."""
+
+    def __init__(self, size: int, width: int) -> None:
+        super().__init__()
+        self.rows, self.columns = (nn.Parameter(torch.zeros(2 * size - 1, width)) for _ in range(2))
+
+    def forward(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What is added to the logits, (B, heads, P + h·w, P + h·w), of queries (B, heads, P + h·w, width)."""
+        prefix = q.shape[2] - grid[0] * grid[1]
+        patches = q[:, :, prefix:].reshape(*q.shape[:2], *grid, q.shape[3])
+        by_row = torch.einsum("bnhwd,hkd->bnhwk", patches, _between(self.rows, grid[0]))
+        by_column = torch.einsum("bnhwd,wkd->bnhwk", patches, _between(self.columns, grid[1]))
+        bias = (by_row[..., None] + by_column[..., None, :]).flatten(4).flatten(2, 3)
+        return F.pad(bias, (prefix, 0, prefix, 0))
+
+
+def _between(table: Tensor, size: int) -> Tensor:
+    """The entry of every pair of places, (size, size, width), of a table (2 n − 1, width)."""
+    if len(table) != 2 * size - 1:
+        table = F.interpolate(table.T[None], 2 * size - 1, mode="linear")[0].T
+    places = torch.arange(size, device=table.device)
+    return table[places[:, None] - places[None] + size - 1]
+
+
+def use_relative(encoder: Encoder, size: int, window: int | None) -> None:
+    """Give every block of `encoder` relative positions. size: patches a side of the pictures; window: as of `use_windows`,
+    which must come first. Raises `ConfigError` for towers without plain attention blocks."""
+    blocks, prefix = _plain(encoder, "relative=true", "to add relative ones to. Leave relative out.")
+    view = Windows(window or size, int(encoder.patch or 1), prefix)  # for the grid
+    encoder.register_forward_pre_hook(view.see)
+    everywhere = even_taps(len(blocks), None) if window else range(len(blocks))
+    for k, block in enumerate(blocks):
+        own = None if k in everywhere else window
+        heads = block.attn.num_heads
+        block.attn.relative = Relative(own or size, block.attn.head_dim)
+
+        def biased(
+            attention: Any, arguments: tuple[Any, ...], named: dict[str, Any], own: int | None = own, heads: int = heads
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            x = arguments[0]
+            weight, bias = (
+                (attention.in_proj_weight, attention.in_proj_bias)
+                if isinstance(attention, nn.MultiheadAttention)
+                else (attention.qkv.weight, attention.qkv.bias)
+            )
+            q = F.linear(x, weight[: x.shape[2]], None if bias is None else bias[: x.shape[2]])
+            q = q.reshape(*q.shape[:2], heads, -1).transpose(1, 2)
+            added = attention.relative(q, (own, own) if own else view.grid).to(x.dtype)
+            flat = isinstance(attention, nn.MultiheadAttention)
+            return arguments, {**named, "attn_mask": added.flatten(0, 1) if flat else added}
+
+        block.attn.register_forward_pre_hook(biased, with_kwargs=True)
+
+
+def _plain(encoder: Encoder, option: str, then: str) -> tuple[list[Any], int]:
+    """The attention blocks of a plain ViT with learned positions, and its tokens before the patches."""
     blocks: list[Any]
     if isinstance(encoder, NativeViT):
         blocks, prefix = list(encoder.visual.transformer.resblocks), encoder.prefix
@@ -79,13 +149,6 @@ def use_windows(encoder: Encoder, size: int) -> list[int]:
         fits, blocks, prefix = False, [], 0
     if not fits or not all(hasattr(b, "attn") for b in blocks):
         raise ConfigError(
-            f"window={size}: {encoder.name} ({type(encoder).__name__}) has no plain attention with learned positions "
-            "to cut into windows. Leave window out."
+            f"{option}: {encoder.name} ({type(encoder).__name__}) has no plain attention with learned positions {then}"
         )
-    windows, everywhere = Windows(size, int(encoder.patch or 1), prefix), even_taps(len(blocks), None)
-    encoder.register_forward_pre_hook(windows.see)
-    for k, block in enumerate(blocks):
-        if k not in everywhere:
-            block.attn.register_forward_pre_hook(windows.before)
-            block.attn.register_forward_hook(windows.after)
-    return everywhere
+    return blocks, prefix
