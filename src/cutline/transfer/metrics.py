@@ -22,10 +22,10 @@ class Confusion:
 
     def update(self, predicted: Tensor, truth: Tensor) -> None:
         """Add pixels; two integer tensors of one shape, truth in [0, classes) or `IGNORE`."""
-        keep = truth != IGNORE
-        index = truth[keep].long() * self.classes + predicted[keep].long()
-        counts = torch.bincount(index, minlength=self.classes**2)
-        self.matrix += counts.reshape(self.classes, self.classes).cpu()
+        # Counted with a row of its own for `IGNORE`, -1, which is cheaper than taking those pixels out.
+        index = (truth.int() + 1) * self.classes + predicted.int()
+        counts = torch.bincount(index.flatten(), minlength=(self.classes + 1) * self.classes)
+        self.matrix += counts.reshape(self.classes + 1, self.classes)[1:].cpu()
 
     def join(self) -> None:
         """Add up what all processes have counted."""
