@@ -139,6 +139,20 @@ def test_classification_is_a_task_of_a_study(tmp_path):
     assert scores(plan, found, "probe", "scratch") == {1: pytest.approx(100 * result.metrics["top1"])}
 
 
+def test_a_task_may_sweep_the_learning_rate_and_detection_is_one(tmp_path):
+    scenes = {"data": "scenes:n=8,size=64,seed=2", "config": {"steps": 2, "batch": 2, "pictures": 2}}
+    tasks = {"boxes": scenes | {"task": "detect"}, "swept": scenes | {"task": "depth", "sweep": [1e-3, 1e-4]}}
+    plan = Plan.model_validate(TINY | {"tasks": tasks})
+    for name in tasks:
+        _transfer(plan, Cell("scratch", 0, name), tmp_path, "scratch:vit-tiny-64")
+    found = results(plan, tmp_path)
+    assert found[Cell("scratch", 0, "swept")].protocol.settings["lr"].startswith("best of 0.0001, 0.001 by a tenth")
+    ap = found[Cell("scratch", 0, "boxes")].metrics["ap"]
+    assert scores(plan, found, "boxes", "scratch") == {0: pytest.approx(100 * ap)}
+    with pytest.raises(ValueError, match="sweep: retrieval trains nothing"):
+        Plan.model_validate(TINY | {"tasks": {"r": TINY["tasks"]["retrieval"] | {"sweep": [1e-3]}}})
+
+
 def test_differences_are_paired_over_seeds(plan):
     found = made({"captions": [0.50, 0.70, 0.61], "alt text": [0.40, 0.58, 0.50]})
     d = difference(plan, found, "seg", "captions", "alt text")

@@ -22,6 +22,7 @@ UNITS = {
     "segment": "mIoU, % ↑",
     "depth": "RMSE, m ↓",
     "classify": "top-1, % ↑",
+    "detect": "AP, % ↑",
     "retrieve": "R@1, picture to text, % ↑",
 }
 COLOURS = ["#9aa3b2", "#d9822b", "#2b5bd7", "#0b7a4b", "#8e44ad", "#b3402a"]
