@@ -7,7 +7,9 @@ import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import DPTConfig, DPTForDepthEstimation
 
+from cutline.config import load
 from cutline.errors import ConfigError
 from cutline.transfer import heads, pyramid
 from cutline.transfer.depth import DepthConfig, DepthEstimator
@@ -81,9 +83,9 @@ def test_logits_have_the_picture_size(encoder: Any, head: str, size: tuple[int, 
 
 
 @pytest.mark.parametrize("encoder", [plain(14), plain(32), STAGES], ids=["14", "32", "stages"])
-@pytest.mark.parametrize("head", ["deconv", "linear"])
-def test_depth_has_the_picture_size_and_its_range(encoder: Any, head: str) -> None:
-    model = DepthEstimator(encoder, DepthConfig(head=head, channels=16, max_depth=7)).eval()
+@pytest.mark.parametrize("head", [{"head": "deconv"}, {"head": "dpt"}, {"head": "linear", "layers": 4, "upsample": 4}])
+def test_depth_has_the_picture_size_and_its_range(encoder: Any, head: Any) -> None:
+    model = DepthEstimator(encoder, DepthConfig(**head, channels=16, max_depth=7)).eval()
     depth = model(10 * torch.randn(2, 3, 45, 70))
     assert depth.shape == (2, 1, 45, 70)
     assert depth.min() > 0
@@ -126,6 +128,57 @@ def test_the_deconvolution_head_from_stride_32_is_the_published_one() -> None:
     assert head.up(x).shape == (1, 128, 16, 24)
     assert head([x]).shape == (1, 1, 64, 96)
     assert [m.kernel_size for m in head.up if isinstance(m, nn.ConvTranspose2d)] == [(2, 2)] * 3
+
+
+def test_dpt_equals_transformers_own_neck_and_head_with_the_same_weights() -> None:
+    """Of a picture that is not square, in value and in gradient; depth is compared before the sigmoid, after a ReLU."""
+    config = DPTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
+                       neck_hidden_sizes=[4, 8, 16, 32], fusion_hidden_size=16, readout_type="ignore", initializer_range=0.1)  # fmt: skip
+    torch.manual_seed(0)
+    peer = DPTForDepthEstimation(config)
+    levels, head = pyramid.Reassemble(16, (16,) * 4, (32,) * 4), heads.DPTHead((4, 8, 16, 32), 16, 10.0)
+    levels.levels.load_state_dict(peer.neck.reassemble_stage.layers.state_dict())
+    head.convs.load_state_dict(peer.neck.convs.state_dict())
+    unread = "layers.0.residual_layer1."
+    head.fusion.load_state_dict(
+        {k: v for k, v in peer.neck.fusion_stage.state_dict().items() if not k.startswith(unread)}
+    )
+    head.last.load_state_dict(peer.head.head.state_dict())
+    maps = [torch.randn(2, 32, 2, 4, requires_grad=True) for _ in range(4)]
+    ours = F.relu(torch.logit(head(levels(maps)) / 10))[:, 0]
+    assert ours.shape == (2, 32, 64)
+    tokens = [torch.cat([torch.randn(2, 1, 32), m.flatten(2).transpose(1, 2)], 1) for m in maps]
+    theirs = peer.head(peer.neck(tokens, 2, 4))
+    assert 0.1 < (theirs > 0).float().mean() <= 1
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), maps) for x in (ours, theirs)), strict=True):
+        assert a.abs().max() > 1e-3
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_every_parameter_of_the_dpt_head_learns() -> None:
+    model = DepthEstimator(plain(16), DepthConfig(head="dpt", channels=16))
+    model(torch.randn(2, 3, 64, 96)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_linear_probe_enlarges_logits_as_dinov2_does_features() -> None:
+    """lin. 4: four maps concatenated, enlarged four times, a linear layer, bins."""
+    head = heads.BinsHead(32, 16, 0.1, 10.0, upsample=4).eval()
+    nn.init.normal_(head.classifier.weight)
+    maps = [torch.randn(2, 8, 3, 5) for _ in range(4)]
+    features = F.interpolate(torch.cat(maps, 1), scale_factor=4, mode="bilinear")
+    logits = head.classifier(features / (1 + head.norm.eps) ** 0.5)
+    weights = F.relu(logits) + 0.1
+    expected = (weights * torch.linspace(0.1, 10, 16)[:, None, None]).sum(1) / weights.sum(1)
+    assert torch.allclose(head(maps)[:, 0], expected, atol=1e-4)
+
+
+def test_layers_need_as_many_maps_and_the_linear_head() -> None:
+    with pytest.raises(ConfigError, match="layers=4 needs as many maps"):
+        pyramid.LastMap((16, 32), (8, 8), 4)
+    with pytest.raises(ConfigError, match="layers and upsample are of head=linear"):
+        load(DepthConfig, None, ["head=dpt", "layers=4"])
 
 
 def test_bins_with_equal_logits_give_the_middle_of_the_range() -> None:
