@@ -28,6 +28,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of the co
 Encoder = Annotated[str, typer.Option(help="A run directory, name:pretrained of open_clip, a timm name, or hf-hub:…")]
 Data = Annotated[str, typer.Option(help="What to score on: kind:path.")]
 Out = Annotated[Path | None, typer.Option(help="Output folder.")]
+RecipeFile = Annotated[Path | None, typer.Option(help="The task's options, YAML; recipes/transfer/ has the papers'.")]
 
 
 @app.callback()
@@ -126,47 +127,55 @@ def train(
 
 
 @transfer_app.command()
-def segment(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+def segment(
+    encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None, recipe: RecipeFile = None
+) -> None:
     """Semantic segmentation: mIoU, mAcc, pixel accuracy."""
     from cutline.config import load
     from cutline.transfer.segment import SegmentConfig
     from cutline.transfer.segment import segment as run
 
-    folder = out or _folder(encoder, "segment", data, overrides)
-    _scored(run(encoder, data, load(SegmentConfig, None, list(overrides or [])), folder), folder)
+    folder = out or _folder(encoder, "segment", data, overrides, recipe)
+    _scored(run(encoder, data, load(SegmentConfig, recipe, list(overrides or [])), folder), folder)
 
 
 @transfer_app.command()
-def depth(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+def depth(
+    encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None, recipe: RecipeFile = None
+) -> None:
     """Depth from one picture: RMSE (m), AbsRel, δ1–3, log10, SILog."""
     from cutline.config import load
     from cutline.transfer.depth import DepthConfig
     from cutline.transfer.depth import depth as run
 
-    folder = out or _folder(encoder, "depth", data, overrides)
-    _scored(run(encoder, data, load(DepthConfig, None, list(overrides or [])), folder), folder)
+    folder = out or _folder(encoder, "depth", data, overrides, recipe)
+    _scored(run(encoder, data, load(DepthConfig, recipe, list(overrides or [])), folder), folder)
 
 
 @transfer_app.command()
-def classify(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+def classify(
+    encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None, recipe: RecipeFile = None
+) -> None:
     """The class of a picture (head=linear, attentive or knn): top-1, top-5, mean class accuracy."""
     from cutline.config import load
     from cutline.transfer.classify import ClassifyConfig
     from cutline.transfer.classify import classify as run
 
-    folder = out or _folder(encoder, "classify", data, overrides)
-    _scored(run(encoder, data, load(ClassifyConfig, None, list(overrides or [])), folder), folder)
+    folder = out or _folder(encoder, "classify", data, overrides, recipe)
+    _scored(run(encoder, data, load(ClassifyConfig, recipe, list(overrides or [])), folder), folder)
 
 
 @transfer_app.command()
-def detect(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+def detect(
+    encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None, recipe: RecipeFile = None
+) -> None:
     """Objects, their boxes and masks: AP, AP50, AP75, AP of small, medium and large ones."""
     from cutline.config import load
     from cutline.transfer.detect import DetectConfig
     from cutline.transfer.detect import detect as run
 
-    folder = out or _folder(encoder, "detect", data, overrides)
-    _scored(run(encoder, data, load(DetectConfig, None, list(overrides or [])), folder), folder)
+    folder = out or _folder(encoder, "detect", data, overrides, recipe)
+    _scored(run(encoder, data, load(DetectConfig, recipe, list(overrides or [])), folder), folder)
 
 
 @zeroshot_app.command()
@@ -271,13 +280,14 @@ def _named(items: list[str] | None) -> dict[str, str]:
     return dict(item.split("=", 1) for item in items or [])
 
 
-def _folder(model: str, task: str, data: str, overrides: list[str] | None) -> Path:
+def _folder(model: str, task: str, data: str, overrides: list[str] | None, recipe: Path | None = None) -> Path:
     """Beside the run's own files, or under `runs/` for a model from elsewhere; one for each choice of options."""
     from cutline.record import fingerprint
     from cutline.study.plan import slug
 
     base = Path(model) if Path(model).is_dir() else Path("runs") / slug(model)
-    options = f"-{fingerprint(sorted(overrides))[:6]}" if overrides else ""
+    options = f"-{recipe.stem}" if recipe else ""
+    options += f"-{fingerprint(sorted(overrides))[:6]}" if overrides else ""
     return base / f"{task}-{slug(data)[-60:].lstrip('-')}{options}"
 
 

@@ -17,6 +17,7 @@ from cutline.errors import ConfigError
 class UPerHead(nn.Module):
     """UPerNet (1807.10221): pyramid pooling on the coarsest level, FPN, fusion, dropout, 1x1.
 
+    The decoder begins with a layer norm of every level, which mmsegmentation has in Swin and not for plain ViTs.
     channels: of the decoder; 512 in mmsegmentation's base config, 768 in MAE's ViT-B recipe.
     """
 
