@@ -29,7 +29,6 @@ Encoder = Annotated[str, typer.Option(help="A run directory, name:pretrained of 
 Data = Annotated[str, typer.Option(help="What to score on: kind:path.")]
 Out = Annotated[Path | None, typer.Option(help="Output folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
-Sweep = Annotated[str | None, typer.Option(help="Choose by validation: lr, or lr=1e-4,3e-4,1e-3.")]
 
 
 @app.callback()
@@ -127,88 +126,39 @@ def train(
         _done(folder, f"cutline {then if joint else f'transfer segment --encoder {folder} --data SPEC'}")
 
 
-@transfer_app.command()
-def segment(
-    encoder: Encoder,
-    data: Data,
-    overrides: Overrides = None,
-    out: Out = None,
-    resume: Resume = False,
-    sweep: Sweep = None,
-) -> None:
-    """Semantic segmentation: mIoU, mAcc, pixel accuracy."""
-    from cutline.transfer.segment import SegmentConfig
+def _transfer(task: Any, measures: str) -> None:
+    """Give `cutline transfer` the command of a task."""
 
-    _transfer("segment", SegmentConfig, encoder, data, overrides, out, resume, sweep)
+    @transfer_app.command(task, help=measures)
+    def command(
+        encoder: Encoder,
+        data: Data,
+        overrides: Overrides = None,
+        recipe: Annotated[Path | None, typer.Option(help="Options, YAML; recipes/transfer/ has the papers'.")] = None,
+        out: Out = None,
+        resume: Resume = False,
+        sweep: Annotated[str | None, typer.Option(help="Choose by validation: lr, or lr=1e-4,3e-4,1e-3.")] = None,
+    ) -> None:
+        from cutline.config import load
+        from cutline.transfer.run import config_of, transfer
+        from cutline.transfer.sweep import parse_rates
+        from cutline.transfer.sweep import sweep as run_sweep
 
-
-@transfer_app.command()
-def depth(
-    encoder: Encoder,
-    data: Data,
-    overrides: Overrides = None,
-    out: Out = None,
-    resume: Resume = False,
-    sweep: Sweep = None,
-) -> None:
-    """Depth from one picture: RMSE (m), AbsRel, δ1–3, log10, SILog."""
-    from cutline.transfer.depth import DepthConfig
-
-    _transfer("depth", DepthConfig, encoder, data, overrides, out, resume, sweep)
-
-
-@transfer_app.command()
-def classify(
-    encoder: Encoder,
-    data: Data,
-    overrides: Overrides = None,
-    out: Out = None,
-    resume: Resume = False,
-    sweep: Sweep = None,
-) -> None:
-    """The class of a picture (head=linear, attentive or knn): top-1, top-5, mean class accuracy."""
-    from cutline.transfer.classify import ClassifyConfig
-
-    _transfer("classify", ClassifyConfig, encoder, data, overrides, out, resume, sweep)
+        tried = [] if sweep is None else [f"sweep {sweep}"]
+        folder = out or _folder(encoder, task, data, [*(overrides or []), *tried], recipe)
+        config = load(config_of(task), recipe, list(overrides or []))
+        if sweep is None:
+            result = transfer(task, encoder, data, config, folder, resume)
+        else:
+            result = run_sweep(task, encoder, data, config, folder, parse_rates(sweep), resume)
+        if os.environ.get("RANK", "0") == "0":
+            _scored(result, folder)
 
 
-@transfer_app.command()
-def detect(
-    encoder: Encoder,
-    data: Data,
-    overrides: Overrides = None,
-    out: Out = None,
-    resume: Resume = False,
-    sweep: Sweep = None,
-) -> None:
-    """Objects, their boxes and masks: AP, AP50, AP75, AP of small, medium and large ones."""
-    from cutline.transfer.detect import DetectConfig
-
-    _transfer("detect", DetectConfig, encoder, data, overrides, out, resume, sweep)
-
-
-def _transfer(
-    task: Any,
-    kind: Any,
-    encoder: str,
-    data: str,
-    overrides: list[str] | None,
-    out: Path | None,
-    resume: bool,
-    lr: str | None,
-) -> None:
-    from cutline.config import load
-    from cutline.transfer.run import transfer
-    from cutline.transfer.sweep import parse_rates, sweep
-
-    folder = out or _folder(encoder, task, data, [*(overrides or []), *([f"sweep {lr}"] if lr else [])])
-    config = load(kind, None, list(overrides or []))
-    if lr is None:
-        result = transfer(task, encoder, data, config, folder, resume)
-    else:
-        result = sweep(task, encoder, data, config, folder, parse_rates(lr), resume)
-    if os.environ.get("RANK", "0") == "0":
-        _scored(result, folder)
+_transfer("segment", "Semantic segmentation: mIoU, mAcc, pixel accuracy.")
+_transfer("depth", "Depth from one picture: RMSE (m), AbsRel, δ1–3, log10, SILog.")
+_transfer("classify", "The class of a picture (head=linear, attentive or knn): top-1, top-5, mean class accuracy.")
+_transfer("detect", "Objects, their boxes and masks: AP, AP50, AP75, AP of small, medium and large ones.")
 
 
 @zeroshot_app.command()
@@ -313,13 +263,14 @@ def _named(items: list[str] | None) -> dict[str, str]:
     return dict(item.split("=", 1) for item in items or [])
 
 
-def _folder(model: str, task: str, data: str, overrides: list[str] | None) -> Path:
+def _folder(model: str, task: str, data: str, overrides: list[str] | None, recipe: Path | None = None) -> Path:
     """Beside the run's own files, or under `runs/` for a model from elsewhere; one for each choice of options."""
     from cutline.record import fingerprint
     from cutline.study.plan import slug
 
     base = Path(model) if Path(model).is_dir() else Path("runs") / slug(model)
-    options = f"-{fingerprint(sorted(overrides))[:6]}" if overrides else ""
+    options = f"-{recipe.stem}" if recipe else ""
+    options += f"-{fingerprint(sorted(overrides))[:6]}" if overrides else ""
     return base / f"{task}-{slug(data)[-60:].lstrip('-')}{options}"
 
 

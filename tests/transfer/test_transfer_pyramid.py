@@ -3,11 +3,13 @@
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers import DPTConfig, DPTForDepthEstimation, UperNetConfig
+from transformers.models.upernet.modeling_upernet import UperNetHead
 
+from cutline.config import load
 from cutline.errors import ConfigError
 from cutline.transfer import heads, pyramid
 from cutline.transfer.depth import DepthConfig, DepthEstimator
@@ -81,9 +83,9 @@ def test_logits_have_the_picture_size(encoder: Any, head: str, size: tuple[int, 
 
 
 @pytest.mark.parametrize("encoder", [plain(14), plain(32), STAGES], ids=["14", "32", "stages"])
-@pytest.mark.parametrize("head", ["deconv", "linear"])
-def test_depth_has_the_picture_size_and_its_range(encoder: Any, head: str) -> None:
-    model = DepthEstimator(encoder, DepthConfig(head=head, channels=16, max_depth=7)).eval()
+@pytest.mark.parametrize("head", [{"head": "deconv"}, {"head": "dpt"}, {"head": "linear", "layers": 4, "upsample": 4}])
+def test_depth_has_the_picture_size_and_its_range(encoder: Any, head: Any) -> None:
+    model = DepthEstimator(encoder, DepthConfig(**head, channels=16, max_depth=7)).eval()
     depth = model(10 * torch.randn(2, 3, 45, 70))
     assert depth.shape == (2, 1, 45, 70)
     assert depth.min() > 0
@@ -119,6 +121,30 @@ def test_heads_equal_the_library_parts_with_the_same_weights() -> None:
     assert torch.allclose(fpn(levels), fpn.classifier(theirs([*pictures, *levels])), atol=1e-5)
 
 
+def test_upernet_equals_transformers_on_normalised_levels_with_the_same_weights() -> None:
+    """In value and in gradient; the layer norm of every level is the decoder's own, mmsegmentation has it in its towers."""
+    widths = (16, 24, 32, 64)
+    torch.manual_seed(0)
+    ours = heads.UPerHead(widths, 32, 5).eval()
+    theirs = UperNetHead(UperNetConfig(hidden_size=32, num_labels=5), widths).eval()
+    weights: dict[str, torch.Tensor] = {f"classifier.{k}": v for k, v in ours.classifier.state_dict().items()}
+    names = {f"psp.blocks.{i}.1": f"psp_modules.{i}.1" for i in range(4)}
+    names |= {f"fpn_lateral_blocks.{2 - i}.conv_norm_relu": f"lateral_convs.{i}" for i in range(3)}
+    names |= {f"fpn_conv_blocks.{2 - i}": f"fpn_convs.{i}" for i in range(3)}
+    names |= {"psp.out_conv": "bottleneck", "fusion_block": "fpn_bottleneck"}
+    for mine, other in names.items():
+        part = ours.decoder.get_submodule(mine)
+        for child, name in ((part[0], "conv"), (part[1], "batch_norm")):
+            weights |= {f"{other}.{name}.{k}": v for k, v in child.state_dict().items()}
+    theirs.load_state_dict(weights)
+    levels = [torch.randn(2, c, 64 // s, 96 // s, requires_grad=True) for c, s in zip(widths, (4, 8, 16, 32))]
+    a = ours(levels)
+    b = theirs([norm(x) for norm, x in zip(ours.decoder.feature_norms, levels, strict=True)])
+    assert torch.allclose(a, b, atol=1e-5)
+    for g, h in zip(*(torch.autograd.grad(x.square().sum(), levels) for x in (a, b)), strict=True):
+        assert torch.allclose(g, h, rtol=1e-3, atol=1e-5)
+
+
 def test_the_deconvolution_head_from_stride_32_is_the_published_one() -> None:
     """Three deconvolutions to stride 4, then a factor 4 that equals neither more nor less than two doublings' size."""
     head = heads.DeconvHead(64, 128, 32, 3, 32, 10.0).eval()
@@ -128,15 +154,58 @@ def test_the_deconvolution_head_from_stride_32_is_the_published_one() -> None:
     assert [m.kernel_size for m in head.up if isinstance(m, nn.ConvTranspose2d)] == [(2, 2)] * 3
 
 
+def test_dpt_equals_transformers_own_neck_and_head_with_the_same_weights() -> None:
+    """Of a picture that is not square, in value and in gradient; depth is compared before the sigmoid, after a ReLU."""
+    config = DPTConfig(hidden_size=32, num_hidden_layers=4, num_attention_heads=2, intermediate_size=32,
+                       neck_hidden_sizes=[4, 8, 16, 32], fusion_hidden_size=16, readout_type="ignore", initializer_range=0.1)  # fmt: skip
+    torch.manual_seed(0)
+    peer = DPTForDepthEstimation(config)
+    levels, head = pyramid.Reassemble(16, (16,) * 4, (32,) * 4), heads.DPTHead((4, 8, 16, 32), 16, 10.0)
+    levels.levels.load_state_dict(peer.neck.reassemble_stage.layers.state_dict())
+    head.convs.load_state_dict(peer.neck.convs.state_dict())
+    unread = "layers.0.residual_layer1."
+    head.fusion.load_state_dict(
+        {k: v for k, v in peer.neck.fusion_stage.state_dict().items() if not k.startswith(unread)}
+    )
+    head.last.load_state_dict(peer.head.head.state_dict())
+    maps = [torch.randn(2, 32, 2, 4, requires_grad=True) for _ in range(4)]
+    ours = F.relu(torch.logit(head(levels(maps)) / 10))[:, 0]
+    assert ours.shape == (2, 32, 64)
+    tokens = [torch.cat([torch.randn(2, 1, 32), m.flatten(2).transpose(1, 2)], 1) for m in maps]
+    theirs = peer.head(peer.neck(tokens, 2, 4))
+    assert 0.1 < (theirs > 0).float().mean() <= 1
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    for a, b in zip(*(torch.autograd.grad(x.square().sum(), maps) for x in (ours, theirs)), strict=True):
+        assert a.abs().max() > 1e-3
+        assert torch.allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_every_parameter_of_the_dpt_head_learns() -> None:
+    model = DepthEstimator(plain(16), DepthConfig(head="dpt", channels=16))
+    model(torch.randn(2, 3, 64, 96)).sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_the_linear_probe_enlarges_logits_as_dinov2_does_features() -> None:
+    """lin. 4: four maps concatenated, enlarged four times, a linear layer, bins."""
+    head = heads.BinsHead(32, 16, 0.1, 10.0, upsample=4).eval()
+    nn.init.normal_(head.classifier.weight)
+    maps = [torch.randn(2, 8, 3, 5) for _ in range(4)]
+    features = F.interpolate(torch.cat(maps, 1), scale_factor=4, mode="bilinear")
+    logits = head.classifier(features / (1 + head.norm.eps) ** 0.5)
+    weights = F.relu(logits) + 0.1
+    expected = (weights * torch.linspace(0.1, 10, 16)[:, None, None]).sum(1) / weights.sum(1)
+    assert torch.allclose(head(maps)[:, 0], expected, atol=1e-4)
+
+
+def test_layers_need_as_many_maps_and_the_linear_head() -> None:
+    with pytest.raises(ConfigError, match="layers=4 needs as many maps"):
+        pyramid.LastMap((16, 32), (8, 8), 4)
+    with pytest.raises(ConfigError, match="layers and upsample are of head=linear"):
+        load(DepthConfig, None, ["head=dpt", "layers=4"])
+
+
 def test_bins_with_equal_logits_give_the_middle_of_the_range() -> None:
     head = heads.BinsHead(8, 256, 0.0, 10.0).eval()
     nn.init.zeros_(head.classifier.weight)
     assert torch.allclose(head([torch.randn(1, 8, 2, 2)]), torch.full((1, 1, 2, 2), 5.0))
-
-
-def test_a_stage_tower_with_semantic_fpn_has_the_published_size() -> None:
-    """MCi2 + Semantic FPN is about 38.4 M parameters (Swin-L UPerNet's 234 M / 6.1)."""
-    tower = timm.create_model("fastvit_mci2", features_only=True)
-    head = heads.FPNHead(tower.feature_info.channels(), 256, 150)
-    total = sum(p.numel() for m in (tower, head) for p in m.parameters())
-    assert 38e6 < total < 39.5e6

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cutline.transfer.data import open_data
-from cutline.transfer.depth import DepthConfig, depth
+from cutline.transfer.depth import DepthConfig, depth, fit, score
 from cutline.transfer.segment import SegmentConfig, segment
 
 
@@ -31,3 +33,14 @@ def test_scenes(encoder: Any) -> None:
     result = depth(encoder, spec, DepthConfig(**quick, split="test"))
     assert result.protocol.split == "test"
     assert result.protocol.settings["max_depth"] == 12
+
+
+def test_dpt_beats_the_mean_depth_of_real_rooms(real_data: Path, encoder: Any) -> None:
+    data = open_data(f"folder:{real_data}/rgbd", "depth")
+    quick: dict[str, Any] = {"steps": 25, "batch": 8, "labels": 32, "pictures": 10, "crop": 96, "channels": 16}
+    config = DepthConfig(head="dpt", **quick, lr=3e-3, layer_decay=1.0, max_depth=10)
+    model = fit(encoder, data, config)
+    train, val = (data.splits[s] for s in ("train", "val"))
+    mean = np.mean([t[t > 0].mean() for t in (train.read(i).target for i in range(32))])
+    errors = [np.sqrt(np.mean((t[t > 0] - mean) ** 2)) for t in (val.read(i).target for i in range(10))]
+    assert score(model, data).metrics["rmse"] < 0.9 * np.mean(errors)

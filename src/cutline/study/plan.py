@@ -14,21 +14,12 @@ from cutline.config import Config, apply, check, load
 from cutline.errors import ConfigError
 from cutline.scenes import parse_spec
 from cutline.train.recipe import Recipe
-from cutline.transfer.classify import ClassifyConfig
-from cutline.transfer.depth import DepthConfig
-from cutline.transfer.detect import DetectConfig
 from cutline.transfer.options import TransferConfig
-from cutline.transfer.segment import SegmentConfig
+from cutline.transfer.run import config_of
 from cutline.zeroshot.retrieve import RetrieveConfig
 
 OURS = "caption_ours"  # what the captioner of `Recaption` writes
 SIZES = ("tiny", "small", "full")
-CONFIGS: dict[str, type[TransferConfig]] = {
-    "segment": SegmentConfig,
-    "depth": DepthConfig,
-    "classify": ClassifyConfig,
-    "detect": DetectConfig,
-}
 
 
 def _or_value_error(where: str, build: Callable[[], object]) -> None:
@@ -62,7 +53,7 @@ class Task(Config):
         """The task's config with a study's seed, where it draws anything."""
         if self.task == "retrieve":
             return check(RetrieveConfig, self.config)
-        return check(CONFIGS[self.task], {**self.config, "seed": seed})
+        return check(config_of(self.task), {**self.config, "seed": seed})
 
 
 class Recaption(Config):

@@ -55,11 +55,7 @@ class ClassifyConfig(TransferConfig):
     training, default [0.35, 1], and [1, 1] (the test view, mirrored or not) when frozen, whose features are then
     computed once. lr: default 6e-4, and 3e-3 when frozen. operations, magnitude: of RandAugment. smoothing: of labels. k, temperature: of knn.
 
-    FT-CLIP, ImageNet (2212.06138; LightDXY/FT-CLIP, CLIP_B16): batch=2048 lr=6e-4 layer_decay=0.6 drop_path=0
-    weight_decay=0.05 schedule=cosine, 50 epochs, 10 of them warm-up, scale=[0.08,1] operations=2 smoothing=0.1; it also
-    has random erasing and an EMA of the weights, which are not here. MAE's linear probe (2111.06377): head=linear
-    frozen=true, no smoothing, its batch norm in front. DINO's k-NN (2104.14294): head=knn k=20 temperature=0.07, and
-    short=256 size=224 in most papers.
+    The papers' settings (FT-CLIP, MAE's linear probe, DINO's k-NN) are recipes/transfer/imagenet-*.yaml.
     """
 
     head: Literal["linear", "attentive", "knn"] = "linear"

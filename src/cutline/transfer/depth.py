@@ -1,4 +1,4 @@
-"""Monocular depth in metres: fine-tune an encoder with the MIM deconvolution head, or a linear probe. In Python:
+"""Monocular depth in metres: fine-tune an encoder with the MIM deconvolution head, DPT, or a linear probe. In Python:
 
     model = fit("runs/mine", "folder:rooms", DepthConfig(max_depth=5))
     metres = model.predict(images)                            # a list of (H, W) float32
@@ -41,18 +41,14 @@ class DepthConfig(DenseConfig):
 
     max_depth, min_depth: metres; readings outside do not count in training or test, and predictions are kept inside;
     max_depth by default the data's (12 for scenes), else 10. eval_crop: part of the picture that counts: "eigen"
-    (NYUv2, 480x640) or "garg" (KITTI). deconvolutions, filters: of the deconv head; bins: of the linear head.
+    (NYUv2, 480x640) or "garg" (KITTI). deconvolutions, filters: of the deconv head. bins, layers, upsample: of the
+    linear head; layers 1 or 4, the encoder's last map or four ("lin. 1" and "lin. 4" of DINOv2), upsample 4 there.
     variance: λ of the loss. cutdepth: share of the training pictures a strip of whose depth is pasted in (`CutDepth`).
 
-    The MIM protocol (NYUv2; 2205.13543 and SwinTransformer/MIM-Depth-Estimation): head=deconv deconvolutions=3
-    filters=32 channels=128 batch=24 steps=25 epochs lr=5e-4 weight_decay=0.05 layer_decay=0.9 drop_path=0.3 crop=480
-    max_depth=10 eval_crop=eigen test_flip=true schedule=poly power=0.9 (and warm-up over the first half)
-    cutdepth=0.25 colour=jitter; for KITTI crop=352 max_depth=80 eval_crop=garg. DINOv2's
-    probe: head=linear frozen=true bins=256 lr=3e-4 weight_decay=1e-4 steps=38400 batch=16 crop=[416,544]
-    test_flip=true.
+    The papers' settings are recipes/transfer/{nyuv2,kitti}-*.yaml.
     """
 
-    head: Literal["deconv", "linear"] = "deconv"
+    head: Literal["deconv", "dpt", "linear"] = "deconv"
     layer_decay: float = Field(0.9, gt=0, le=1)
     max_depth: float | None = Field(None, gt=0)
     min_depth: float = Field(1e-3, gt=0)
@@ -60,6 +56,8 @@ class DepthConfig(DenseConfig):
     deconvolutions: int = Field(3, ge=0, le=5)
     filters: int = Field(32, ge=1)
     bins: int = Field(256, ge=2)
+    layers: Literal[1, 4] = 1
+    upsample: int = Field(1, ge=1, le=8)
     variance: float = Field(0.5, ge=0, le=1)
     cutdepth: float = Field(0.0, ge=0, le=1)
 
@@ -67,6 +65,12 @@ class DepthConfig(DenseConfig):
     def _range(self) -> "DepthConfig":
         if self.min_depth >= self.top:
             raise ValueError(f"min_depth {self.min_depth} must be below max_depth {self.top}")
+        return self
+
+    @model_validator(mode="after")
+    def _probe(self) -> "DepthConfig":
+        if self.head != "linear" and (self.layers, self.upsample) != (1, 1):
+            raise ValueError(f"layers and upsample are of head=linear, not {self.head}: leave them out")
         return self
 
     @property
@@ -79,14 +83,20 @@ class DepthEstimator(Dense):
     """Depth (B, 1, H, W) in metres of normalised pictures (B, 3, H, W)."""
 
     def __init__(self, encoder: Any, config: DepthConfig) -> None:
-        width, stride = encoder.channels[-1], encoder.strides[-1]
+        strides, widths = encoder.strides, encoder.channels
+        channels = config.channels or default_channels(widths[-1])
+        levels: pyramid.Pyramid = pyramid.LastMap(strides, widths, config.layers)
         head: torch.nn.Module
         if config.head == "linear":
-            head = heads.BinsHead(width, config.bins, config.min_depth, config.top)
+            head = heads.BinsHead(sum(levels.channels), config.bins, config.min_depth, config.top, config.upsample)
+        elif config.head == "dpt":
+            levels = pyramid.Reassemble(encoder.patch, strides, widths)
+            head = heads.DPTHead(levels.channels, channels, config.top)
         else:
-            channels = config.channels or default_channels(width)
-            head = heads.DeconvHead(width, channels, config.filters, config.deconvolutions, stride, config.top)
-        super().__init__(encoder, pyramid.LastMap(encoder.strides, encoder.channels), head, config.frozen)
+            head = heads.DeconvHead(
+                widths[-1], channels, config.filters, config.deconvolutions, strides[-1], config.top
+            )
+        super().__init__(encoder, levels, head, config.frozen)
         self.config = config
 
     def predict(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[NDArray[np.float32]]:

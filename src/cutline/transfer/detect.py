@@ -48,9 +48,7 @@ class DetectConfig(TransferConfig):
     min_score, detections: predictions kept. The steps between 8/9 and 26/27 of all learn at a tenth, the last at a
     hundredth ("drops").
 
-    ViTDet's protocol (COCO; 2203.16527 and detectron2's projects/ViTDet: coco_loader_lsj, mask_rcnn_vitdet_b_100ep):
-    size=1024 scale=[0.1,2] batch=64 steps=184375 lr=1e-4 weight_decay=0.1 layer_decay=0.7 drop_path=0.1 warmup=250
-    schedule=drops channels=256 hidden=1024 anchors=8 rois=512 window=14, with head=cascade for its second model.
+    ViTDet's settings (2203.16527) are recipes/transfer/coco-*.yaml.
     """
 
     head: Literal["rcnn", "cascade"] = "rcnn"

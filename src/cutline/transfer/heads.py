@@ -2,7 +2,7 @@
 
 UPerNet is segmentation-models-pytorch's decoder, Semantic FPN its blocks on torchvision's FPN; they want exact
 halving between levels, which the pyramids give. The deconvolution head is MIM-Depth-Estimation's, the linear heads are
-DINOv2's.
+DINOv2's, and DPT is transformers'.
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,7 @@ from cutline.errors import ConfigError
 class UPerHead(nn.Module):
     """UPerNet (1807.10221): pyramid pooling on the coarsest level, FPN, fusion, dropout, 1x1.
 
+    The decoder begins with a layer norm of every level, which mmsegmentation has in Swin and not for plain ViTs.
     channels: of the decoder; 512 in mmsegmentation's base config, 768 in MAE's ViT-B recipe.
     """
 
@@ -124,22 +125,58 @@ class DeconvHead(nn.Module):
         return self.max_depth * torch.sigmoid(self.last(x).float())
 
 
+class DPTHead(nn.Module):
+    """DPT's fusion and depth head (2103.13413): on each level a 3x3 to `channels`, RefineNet's fusion with residual
+    convolution units from the coarsest on, 3x3, bilinear x2, 3x3, ReLU, 1x1.
+
+    transformers' parts, without batch norm, as the paper has it for depth. Depth is max_depth · sigmoid, as for the
+    deconvolution head, where DPT has a ReLU on inverse depth without a unit. Output (B, 1, 4 h, 4 w) in metres for a
+    finest level of h x w.
+    """
+
+    def __init__(self, widths: Sequence[int], channels: int, max_depth: float) -> None:
+        super().__init__()
+        from transformers import DPTConfig
+        from transformers.models.dpt.modeling_dpt import DPTDepthEstimationHead, DPTFeatureFusionStage
+
+        config = DPTConfig(neck_hidden_sizes=list(widths), fusion_hidden_size=channels)
+        self.convs = nn.ModuleList(nn.Conv2d(w, channels, 3, padding=1, bias=False) for w in widths)
+        self.fusion = DPTFeatureFusionStage(config)
+        self.fusion.layers[0].residual_layer1 = nn.Identity()  # the coarsest level is added to nothing, so never read
+        self.last = DPTDepthEstimationHead(config).head[:-1]
+        self.max_depth = max_depth
+
+    def forward(self, levels: Sequence[Tensor]) -> Tensor:
+        fused = self.fusion([conv(level) for conv, level in zip(self.convs, levels, strict=True)])[-1]
+        out: Tensor = self.max_depth * torch.sigmoid(self.last(fused).float())
+        return out
+
+
 class BinsHead(nn.Module):
     """DINOv2's linear depth probe (2304.07193): batch norm and a 1x1 to `bins` depths spaced evenly over the range.
 
-    Depth is the mean of the bins' centres weighted by relu(logit) + 0.1, normalised. Output (B, 1, h, w) in metres.
+    Depth is the mean of the bins' centres weighted by relu(logit) + 0.1, normalised. Maps are concatenated at the size
+    of the first. DINOv2 enlarges features by `upsample` 4 before the 1x1; enlarging logits gives the same and costs
+    less. It has no batch norm here (DINOv3 has one as an option), and the class token beside every patch, which is left
+    out. Output (B, 1, upsample · h, upsample · w) in metres.
     """
 
     centres: Tensor
 
-    def __init__(self, width: int, bins: int, min_depth: float, max_depth: float) -> None:
+    def __init__(self, width: int, bins: int, min_depth: float, max_depth: float, upsample: int = 1) -> None:
         super().__init__()
         self.norm = nn.BatchNorm2d(width)
         self.classifier = _probe(width, bins)
         self.register_buffer("centres", torch.linspace(min_depth, max_depth, bins))
+        self.upsample = upsample
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        weights = F.relu(self.classifier(self.norm(levels[-1])).float()) + 0.1
+        first, *rest = levels
+        rest = [F.interpolate(x, first.shape[2:], mode="bilinear", align_corners=False) for x in rest]
+        logits = self.classifier(self.norm(torch.cat([first, *rest], 1))).float()
+        if self.upsample > 1:
+            logits = F.interpolate(logits, scale_factor=self.upsample, mode="bilinear", align_corners=False)
+        weights = F.relu(logits) + 0.1
         return torch.einsum("bkhw,k->bhw", weights / weights.sum(1, keepdim=True), self.centres)[:, None]
 
 

@@ -1,8 +1,9 @@
 """Feature pyramids: from the maps of an encoder to four levels of strides near 4, 8, 16 and 32.
 
 `SimplePyramid` makes them from the last map of a plain ViT (ViTDet, 2203.16527, and detectron2's SimpleFeaturePyramid),
-`TapPyramid` from four taps of it (MAE's and BEiT's UPerNet, mmsegmentation's Feature2Pyramid), and `NativePyramid`
-hands on the maps that a hierarchical tower has anyway; the decoders' own 1x1 laterals follow.
+`TapPyramid` from four taps of it (MAE's and BEiT's UPerNet, mmsegmentation's Feature2Pyramid), `Reassemble` from four
+taps as DPT does, and `NativePyramid` hands on the maps that a hierarchical tower has anyway; the decoders' own 1x1
+laterals follow.
 
 Every level halves the one before exactly, so a picture has to be padded to a multiple of `multiple` pixels.
 """
@@ -44,13 +45,15 @@ class Pyramid(nn.Module):
 
 
 class LastMap(Pyramid):
-    """No pyramid: the last map alone, for linear heads and the deconvolution head."""
+    """No pyramid: the last map alone, or the last few as they are, for linear heads and the deconvolution head."""
 
-    def __init__(self, strides: Sequence[int], channels: Sequence[int]) -> None:
+    def __init__(self, strides: Sequence[int], channels: Sequence[int], layers: int = 1) -> None:
         super().__init__()
-        self.channels = (channels[-1],)
-        self.multiple = strides[-1]
-        self.uses = (len(strides) - 1,)
+        if len(strides) < layers:
+            raise ConfigError(f"layers={layers} needs as many maps and the encoder gives {len(strides)}. Use layers=1.")
+        self.uses = tuple(range(len(strides) - layers, len(strides)))
+        self.channels = tuple(channels[i] for i in self.uses)
+        self.multiple = max(strides)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         return list(maps)
@@ -85,6 +88,34 @@ class TapPyramid(Pyramid):
         self.channels = tuple(widths[i] for i in self.uses)
         self.levels = nn.ModuleList(_rescale(c, k, narrow=False) for c, k in zip(self.channels, powers))
         self.multiple = strides[-1] * 2 ** max(0, -powers[-1])
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        return [level(m) for level, m in zip(self.levels, maps)]
+
+
+class Reassemble(Pyramid):
+    """DPT's four taps (2103.13413, section 3.1, transformers' layers): 1x1, then one deconvolution or a strided 3x3.
+
+    Channels are an eighth, a quarter, a half and all of a ViT's, DPT's 96, 192, 384, 768 for ViT-B. The class token is
+    left out, the paper's "ignore". Maps of a hierarchical tower (`patch` None) get the 1x1 alone and keep their widths.
+    """
+
+    def __init__(self, patch: int | None, strides: Sequence[int], widths: Sequence[int]) -> None:
+        from transformers import DPTConfig
+        from transformers.models.dpt.modeling_dpt import DPTReassembleLayer
+
+        super().__init__()
+        if len(strides) < LEVELS:
+            raise ConfigError(f"head=dpt needs {LEVELS} maps and the encoder gives {len(strides)}. Use another head.")
+        self.uses = tuple(range(len(strides) - LEVELS, len(strides)))
+        powers = exponents(strides[-1]) if patch else (0,) * LEVELS
+        own = tuple(widths[i] for i in self.uses)
+        self.channels = tuple(max(1, w * 2**k // 2 ** (LEVELS - 1)) for k, w in enumerate(own)) if patch else own
+        self.levels = nn.ModuleList(
+            DPTReassembleLayer(DPTConfig(hidden_size=w), channels=c, factor=2**k)
+            for w, c, k in zip(own, self.channels, powers)
+        )
+        self.multiple = max(strides) * 2 ** max(0, -powers[-1])
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
         return [level(m) for level, m in zip(self.levels, maps)]

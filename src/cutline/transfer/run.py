@@ -18,6 +18,13 @@ from cutline.transfer.store import save
 M = TypeVar("M", bound=Transferred)
 
 
+def config_of(task: Task) -> type[TransferConfig]:
+    """The task's config class."""
+    module = importlib.import_module(f"cutline.transfer.{task}")
+    kind: type[TransferConfig] = getattr(module, f"{task.capitalize()}Config")
+    return kind
+
+
 def transfer(
     task: Task,
     encoder: Any,

@@ -39,11 +39,7 @@ class SegmentConfig(DenseConfig):
     at every picture at each of these scales of its (or of `short`'s) size; with them, or with test_flip, the class
     probabilities of all looks are averaged, as mmsegmentation does ([0.5, 0.75, 1, 1.25, 1.5, 1.75] and flip there).
 
-    The paper's protocol (ADE20K; 2407.06723 appendix E.5, which copies 2405.08911; layer decay and drop path from
-    mmsegmentation's mae-base_upernet): head=upernet channels=512 crop=512 scale=[0.5,2] steps=160000 batch=16
-    warmup=1500 weight_decay=0.01 layer_decay=0.65 drop_path=0.1 short=512, lr the best of 5e-4, 2e-4, 1e-4, 7e-5,
-    5e-5; and aux=0.4 colour=photometric, which every UPerNet recipe of mmsegmentation has. The mobile protocol (PoolFormer's, FastViT's): head=fpn channels=256 steps=40000 batch=32 lr=2e-4
-    weight_decay=1e-4 power=0.9 layer_decay=1.
+    The papers' settings are recipes/transfer/ade20k-*.yaml.
     """
 
     head: Literal["upernet", "fpn", "linear"] = "upernet"
