@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cutline.config import dump
 from cutline.errors import ConfigError, TrainingError
-from cutline.objectives.gather import barrier, world
+from cutline.objectives.gather import world
 from cutline.progress import progress
 from cutline.record import fingerprint, write_atomic
 from cutline.train import checkpoint
@@ -220,7 +220,6 @@ class _Log:
     def __exit__(self, *_: object) -> None:
         if self.file is not None:
             self.file.close()
-        barrier()
 
     def __call__(self, step: int, **values: Any) -> None:
         if self.file is not None:
