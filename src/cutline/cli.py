@@ -26,7 +26,11 @@ app.add_typer(zeroshot_app, name="zeroshot")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of the config, key=value.")]
 Encoder = Annotated[str, typer.Option(help="A run directory, name:pretrained of open_clip, a timm name, or hf-hub:…")]
-Data = Annotated[str, typer.Option(help="What to score on: kind:path.")]
+Data = Annotated[str | None, typer.Option(help="What to train and score on: kind:path.")]
+Predict = Annotated[
+    list[Path] | None,
+    typer.Option(help="Instead of --data: a picture or a folder, for the transferred model in --encoder."),
+]
 Out = Annotated[Path | None, typer.Option(help="Output folder.")]
 
 
@@ -126,47 +130,85 @@ def train(
 
 
 @transfer_app.command()
-def segment(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+def segment(
+    encoder: Encoder, data: Data = None, predict: Predict = None, overrides: Overrides = None, out: Out = None
+) -> None:
     """Semantic segmentation: mIoU, mAcc, pixel accuracy."""
-    from cutline.config import load
-    from cutline.transfer.segment import SegmentConfig
-    from cutline.transfer.segment import segment as run
-
-    folder = out or _folder(encoder, "segment", data, overrides)
-    _scored(run(encoder, data, load(SegmentConfig, None, list(overrides or [])), folder), folder)
+    _transfer("segment", encoder, data, predict, overrides, out)
 
 
 @transfer_app.command()
-def depth(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+def depth(
+    encoder: Encoder, data: Data = None, predict: Predict = None, overrides: Overrides = None, out: Out = None
+) -> None:
     """Depth from one picture: RMSE (m), AbsRel, δ1–3, log10, SILog."""
-    from cutline.config import load
-    from cutline.transfer.depth import DepthConfig
-    from cutline.transfer.depth import depth as run
-
-    folder = out or _folder(encoder, "depth", data, overrides)
-    _scored(run(encoder, data, load(DepthConfig, None, list(overrides or [])), folder), folder)
+    _transfer("depth", encoder, data, predict, overrides, out)
 
 
 @transfer_app.command()
-def classify(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+def classify(
+    encoder: Encoder, data: Data = None, predict: Predict = None, overrides: Overrides = None, out: Out = None
+) -> None:
     """The class of a picture (head=linear, attentive or knn): top-1, top-5, mean class accuracy."""
-    from cutline.config import load
-    from cutline.transfer.classify import ClassifyConfig
-    from cutline.transfer.classify import classify as run
-
-    folder = out or _folder(encoder, "classify", data, overrides)
-    _scored(run(encoder, data, load(ClassifyConfig, None, list(overrides or [])), folder), folder)
+    _transfer("classify", encoder, data, predict, overrides, out)
 
 
 @transfer_app.command()
-def detect(encoder: Encoder, data: Data, overrides: Overrides = None, out: Out = None) -> None:
+def detect(
+    encoder: Encoder, data: Data = None, predict: Predict = None, overrides: Overrides = None, out: Out = None
+) -> None:
     """Objects, their boxes and masks: AP, AP50, AP75, AP of small, medium and large ones."""
-    from cutline.config import load
-    from cutline.transfer.detect import DetectConfig
-    from cutline.transfer.detect import detect as run
+    _transfer("detect", encoder, data, predict, overrides, out)
 
-    folder = out or _folder(encoder, "detect", data, overrides)
-    _scored(run(encoder, data, load(DetectConfig, None, list(overrides or [])), folder), folder)
+
+def _transfer(
+    task: str,
+    encoder: str,
+    data: str | None,
+    pictures: list[Path] | None,
+    overrides: list[str] | None,
+    out: Path | None,
+) -> None:
+    if (data is None) == (not pictures):
+        raise ConfigError(
+            "give --data KIND:PATH to train and score on, or --predict PICTURE to use a transferred model, and not both."
+        )
+    if data is None:
+        from cutline.transfer.predict import predict
+
+        report = predict(encoder, pictures or [], out, list(overrides or []), task)
+        print(f"Pictures predicted: {len(report.written):,}")
+        return _done(report.folder)
+    from importlib import import_module
+
+    from cutline.config import load
+
+    module = import_module(f"cutline.transfer.{task}")
+    folder = out or _folder(encoder, task, data, overrides)
+    config = load(getattr(module, f"{task.capitalize()}Config"), None, list(overrides or []))
+    _scored(getattr(module, task)(encoder, data, config, folder), folder)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="What --encoder takes, or the folder of a transferred model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="timm, open_clip, onnx or torch_export.")],
+    size: Annotated[
+        str | None, typer.Option(help="Pictures of onnx and torch_export: 224, or height x width as 480x640.")
+    ] = None,
+) -> None:
+    """Write a model for other programs, and check that it gives the same values there."""
+    from cutline.towers.programs import TOLERANCE, parse_size
+    from cutline.transfer.export import export as run_export
+
+    record = run_export(run, out, to, parse_size(size) if size else None)
+    parts = {"the model": record, **record}
+    for name, said in parts.items():
+        if isinstance(said, dict) and "largest_difference" in said:
+            share = said["largest_difference"]
+            print(f"{name}: differs by {share:.1e} of its largest value (at most {TOLERANCE:g} is let through).")
+    _done(out)
 
 
 @zeroshot_app.command()

@@ -95,7 +95,7 @@ def at_size(encoder: Encoder, size: tuple[int, int]) -> Encoder:
     if any(side % encoder.multiple for side in size):
         return encoder
     if isinstance(encoder, NativeViT):
-        v, grid = encoder.visual, [side // encoder.patch for side in size]
+        v, grid = encoder.visual, [side // encoder.multiple for side in size]
         positions = resample_abs_pos_embed(v.positional_embedding[None], grid, v.grid_size, num_prefix_tokens=1)
         v.positional_embedding, v.grid_size = nn.Parameter(positions[0], requires_grad=False), tuple(grid)
     elif isinstance(encoder, TimmViT) and encoder.any_size:
@@ -133,7 +133,7 @@ def _programs(model: Model, folder: Path, to: Format, size: tuple[int, int] | No
 
 
 def _open_clip(model: Model, folder: Path) -> dict[str, Any]:
-    ours = [key for key in ("class_tokens", "conv_stem") if model.model_cfg.get(key)]
+    ours = _ours(model)
     if not model.model_cfg:
         raise CutlineError(f"{model.name} is an image tower without a joint space; --to timm, {NEAR}")
     if ours:
@@ -147,6 +147,15 @@ def _open_clip(model: Model, folder: Path) -> dict[str, Any]:
         x = _normalised(model, g)
         ours_, found = ((m.encode_image(x), m.encode_text(tokens)) for m in (model, theirs))
     return {"largest_difference": compare(("image embedding", "text embedding"), ours_, found, str(folder.name))}
+
+
+def _ours(model: Model) -> list[str]:
+    """What of the model open_clip does not have."""
+    return [key for key in ("class_tokens", "conv_stem") if model.model_cfg.get(key)]
+
+
+def _instead(model: Model) -> str:
+    return NEAR if _ours(model) else f"--to open_clip, {NEAR}"
 
 
 def _normalised(model: Model, g: torch.Generator) -> Tensor:
@@ -179,13 +188,13 @@ def _trunk(model: Model) -> Any:
     if type(visual) is VisionTransformer:
         return _converted(model, visual)
     if not hasattr(visual, "trunk"):
-        raise CutlineError(f"{model.name}: timm has no {type(visual).__name__}; --to open_clip, {NEAR}")
+        raise CutlineError(f"{model.name}: timm has no {type(visual).__name__}; {_instead(model)}")
     trunk = copy.deepcopy(visual.trunk)
     behind = [m for m in getattr(visual, "head", nn.Identity()).modules() if next(m.parameters(recurse=False), None) is not None]  # fmt: skip
     if not behind:
         return trunk
     if len(behind) > 1 or not isinstance(behind[0], nn.Linear):
-        raise CutlineError(f"{model.name} has {len(behind)} layers behind timm's trunk; --to open_clip, {NEAR}")
+        raise CutlineError(f"{model.name} has {len(behind)} layers behind timm's trunk; {_instead(model)}")
     trunk.reset_classifier(behind[0].out_features)
     last = trunk.get_classifier()
     with torch.no_grad():
@@ -196,13 +205,12 @@ def _trunk(model: Model) -> Any:
 
 def _converted(model: Model, v: Any) -> Any:
     """timm's ViT with the weights of open_clip's, by timm's own conversion."""
-    block = v.transformer.resblocks[0] if len(v.transformer.resblocks) else None
-    plain = block is not None and v.attn_pool is None and v.pool_type in ("tok", "avg") and not v.final_ln_after_pool
-    if plain:
-        width = int(v.transformer.width)
+    blocks: Any = v.transformer.resblocks
+    if len(blocks) and v.attn_pool is None and v.pool_type in ("tok", "avg") and not v.final_ln_after_pool:
+        block, width = blocks[0], int(v.transformer.width)
         made: dict[str, Any] = {
             "img_size": list(v.image_size), "patch_size": int(v.patch_size[0]), "embed_dim": width,
-            "depth": len(v.transformer.resblocks), "num_heads": int(block.attn.num_heads),
+            "depth": len(blocks), "num_heads": int(block.attn.num_heads),
             "mlp_ratio": block.mlp.c_fc.out_features / width, "global_pool": {"tok": "token", "avg": "avg"}[v.pool_type],
             "fc_norm": False, "act_layer": "quick_gelu" if model.model_cfg.get("quick_gelu") else "gelu",
         }  # fmt: skip
@@ -216,5 +224,5 @@ def _converted(model: Model, v: Any) -> Any:
             pass
     raise CutlineError(
         f"{model.name} differs from the plain CLIP tower (pooling, norms, layer scale or stem), which is all that timm's "
-        f"conversion knows; --to open_clip, {NEAR}"
+        f"conversion knows; {_instead(model)}"
     )

@@ -56,7 +56,9 @@ class CascadeHeads(RoIHeads):  # type: ignore[misc]
         if self.training:  # a third of the gradient from each stage, as the original has it
             pooled = pooled / len(IOUS) + pooled.detach() * (1 - 1 / len(IOUS))
         logits, offsets = self.box_predictor[k](self.box_head[k](pooled))
-        moved = self.coders[k].decode(offsets.detach(), boxes)[:, 0].split([b.shape[0] for b in boxes])  # which tracing follows, and not len
+        moved = (
+            self.coders[k].decode(offsets.detach(), boxes)[:, 0].split([b.shape[0] for b in boxes])
+        )  # which tracing follows, and not len
         return logits, offsets, [clip_boxes_to_image(b, shape) for b, shape in zip(moved, shapes)]
 
     def _box_losses(

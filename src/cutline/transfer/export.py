@@ -48,7 +48,11 @@ def export(run: str | Path, out: str | Path, to: str, size: tuple[int, int] | No
             "torchvision's suppression of the others. Use --to onnx."
         )
     with towers.staged(Path(out)) as folder:
-        said = {"source": str(run), "source_hash": weights_hash(model), "task": TASKS[type(model).__name__]}
+        said: dict[str, Any] = {
+            "source": str(run),
+            "source_hash": weights_hash(model),
+            "task": TASKS[type(model).__name__],
+        }
         said |= {"size": list(size), "mean": model.encoder.mean, "std": model.encoder.std}
         said["classes"] = getattr(model, "classes", [])
         if isinstance(model, Detector):  # first with all it finds, since the noise it is checked on holds no objects
@@ -67,7 +71,10 @@ def _size(model: Any) -> tuple[int, int]:
 def _program(model: Any, size: tuple[int, int], least: float | None = None) -> Program:
     """least: score of a detector's objects, by default the config's."""
     fitted = copy.deepcopy(model).requires_grad_(False).eval()
-    fitted.encoder, fitted.frozen = towers.at_size(model.encoder, _padded(model, size)), False  # no_grad is no operation
+    fitted.encoder, fitted.frozen = (
+        towers.at_size(model.encoder, _padded(model, size)),
+        False,
+    )  # no_grad is no operation
     if isinstance(model, Detector):
         names = ("boxes", "labels", "scores", *(("masks",) if model.masks else ()))
         both = [_Objects(m, m.config.min_score if least is None else least) for m in (fitted, copy.deepcopy(model))]
