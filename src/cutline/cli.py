@@ -26,7 +26,6 @@ app.add_typer(zeroshot_app, name="zeroshot")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of the config, key=value.")]
 Encoder = Annotated[str, typer.Option(help="A run directory, name:pretrained of open_clip, a timm name, or hf-hub:…")]
-Data = Annotated[str, typer.Option(help="What to score on: kind:path.")]
 Out = Annotated[Path | None, typer.Option(help="Output folder.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")]
 
@@ -132,13 +131,25 @@ def _transfer(task: Any, measures: str) -> None:
     @transfer_app.command(task, help=measures)
     def command(
         encoder: Encoder,
-        data: Data,
+        data: Annotated[str | None, typer.Option(help="What to train and score on: kind:path.")] = None,
+        predict: Annotated[
+            list[Path] | None,
+            typer.Option(help="Instead of --data: a picture or a folder, for the transferred model in --encoder."),
+        ] = None,
         overrides: Overrides = None,
         recipe: Annotated[Path | None, typer.Option(help="Options, YAML; recipes/transfer/ has the papers'.")] = None,
         out: Out = None,
         resume: Resume = False,
         sweep: Annotated[str | None, typer.Option(help="Choose by validation: lr, or lr=1e-4,3e-4,1e-3.")] = None,
     ) -> None:
+        if (data is None) == (not predict):
+            raise ConfigError(
+                "give --data KIND:PATH to train and score on, or --predict PICTURE to use a transferred model, and not both."
+            )
+        if data is None:
+            if recipe or resume or sweep:
+                raise ConfigError("--predict trains nothing: leave --recipe, --resume and --sweep out.")
+            return _predict(task, encoder, predict or [], overrides, out)
         from cutline.config import load
         from cutline.transfer.run import config_of, transfer
         from cutline.transfer.sweep import parse_rates
@@ -152,13 +163,43 @@ def _transfer(task: Any, measures: str) -> None:
         else:
             result = run_sweep(task, encoder, data, config, folder, parse_rates(sweep), resume)
         if os.environ.get("RANK", "0") == "0":
-            _scored(result, folder)
+            _scored(result, folder, f"cutline transfer {task} --encoder {folder} --predict PICTURE")
 
 
 _transfer("segment", "Semantic segmentation: mIoU, mAcc, pixel accuracy.")
 _transfer("depth", "Depth from one picture: RMSE (m), AbsRel, δ1–3, log10, SILog.")
 _transfer("classify", "The class of a picture (head=linear, attentive or knn): top-1, top-5, mean class accuracy.")
 _transfer("detect", "Objects, their boxes and masks: AP, AP50, AP75, AP of small, medium and large ones.")
+
+
+def _predict(task: str, run: str, pictures: list[Path], overrides: list[str] | None, out: Path | None) -> None:
+    from cutline.transfer.predict import predict
+
+    report = predict(run, pictures, out, list(overrides or []), task)
+    print(f"Pictures predicted: {len(report.written):,}")
+    _done(report.folder)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="What --encoder takes, or the folder of a transferred model.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    to: Annotated[str, typer.Option(help="timm, open_clip, onnx or torch_export.")],
+    size: Annotated[
+        str | None, typer.Option(help="Pictures of onnx and torch_export: 224, or height x width as 480x640.")
+    ] = None,
+) -> None:
+    """Write a model for other programs, and check that it gives the same values there."""
+    from cutline.towers.programs import TOLERANCE, parse_size
+    from cutline.transfer.export import export as run_export
+
+    record = run_export(run, out, to, parse_size(size) if size else None)
+    parts = {"the model": record, **record}
+    for name, said in parts.items():
+        if isinstance(said, dict) and "largest_difference" in said:
+            share = said["largest_difference"]
+            print(f"{name}: differs by {share:.1e} of its largest value (at most {TOLERANCE:g} is let through).")
+    _done(out)
 
 
 @zeroshot_app.command()
@@ -280,7 +321,7 @@ def _print(thing: Any) -> None:
     Console().print(thing)
 
 
-def _scored(result: Any, folder: Path) -> None:
+def _scored(result: Any, folder: Path, then: str = "") -> None:
     from rich.table import Table
 
     table = Table(
@@ -289,7 +330,7 @@ def _scored(result: Any, folder: Path) -> None:
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:,.4g}")
     _print(table)
-    _done(folder)
+    _done(folder, then)
 
 
 def _done(path: Path, then: str = "") -> None:

@@ -56,7 +56,9 @@ class CascadeHeads(RoIHeads):  # type: ignore[misc]
         if self.training:  # a third of the gradient from each stage, as the original has it
             pooled = pooled / len(IOUS) + pooled.detach() * (1 - 1 / len(IOUS))
         logits, offsets = self.box_predictor[k](self.box_head[k](pooled))
-        moved = self.coders[k].decode(offsets.detach(), boxes)[:, 0].split([len(b) for b in boxes])
+        moved = (
+            self.coders[k].decode(offsets.detach(), boxes)[:, 0].split([b.shape[0] for b in boxes])
+        )  # which tracing follows, and not len
         return logits, offsets, [clip_boxes_to_image(b, shape) for b, shape in zip(moved, shapes)]
 
     def _box_losses(
@@ -86,7 +88,7 @@ class CascadeHeads(RoIHeads):  # type: ignore[misc]
             scores.append(logits.softmax(1))
         mean = torch.stack(scores).mean(0)
         # torchvision's own last step, with the mean as logits and boxes that stay where they are.
-        still = mean.new_zeros(len(mean), 4 * mean.shape[1])
+        still = mean.new_zeros(mean.shape[0], 4 * mean.shape[1])
         found = self.postprocess_detections(mean.log(), still, boxes, shapes)
         return [{"boxes": b, "scores": s, "labels": n} for b, s, n in zip(*found)]
 

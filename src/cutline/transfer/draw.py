@@ -1,4 +1,5 @@
-"""A grid of predictions beside each result: picture, truth and prediction, with a legend, a colour bar or names."""
+"""Drawings of predictions with a legend, a colour bar or names: a grid of picture, truth and prediction beside each
+result (`…_grid`), and one picture at a time, at its own size (`…_picture`)."""
 
 import io
 from collections.abc import Sequence
@@ -35,11 +36,7 @@ def class_grid(path: Path, samples: Sequence[Sample], masks: Sequence[NDArray[An
     from matplotlib.patches import Patch
 
     colours = np.vstack([palette(len(classes)), UNLABELLED])  # IGNORE = -1 is the last
-    seen = np.zeros(len(classes), np.int64)
-    for values in [*(s.target for s in samples), *masks]:
-        seen += np.bincount(values[values != IGNORE].ravel(), minlength=len(classes))
-    common = [i for i in np.argsort(-seen, kind="stable") if seen[i]][:20]
-    handles = [Patch(color=colours[i], label=classes[i]) for i in common]
+    handles = _legend([*(s.target for s in samples), *masks], classes, colours)
     if any((s.target == IGNORE).any() for s in samples):
         handles.append(Patch(color=UNLABELLED, label="not labelled"))
     columns = max(1, min(len(samples) * 2, len(handles)))
@@ -49,6 +46,27 @@ def class_grid(path: Path, samples: Sequence[Sample], masks: Sequence[NDArray[An
             axis.imshow(shown, interpolation="nearest" if shown is not sample.image else None)
     figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=8, handlelength=1.2)
     _write(figure, path)
+
+
+def class_picture(path: Path, image: NDArray[np.uint8], mask: NDArray[Any], classes: Sequence[str]) -> None:
+    """Write a PNG of the mask over the picture; the legend names the classes that occur, the commonest first."""
+    colours = palette(len(classes))
+    handles = _legend([mask], classes, colours)
+    columns = max(1, min(len(handles), int(_inches(image.shape) / 1.3)))
+    figure, axis, _ = _single(image.shape, below=0.1 + 0.18 * -(-len(handles) // columns))
+    axis.imshow((0.45 * image / 255 + 0.55 * colours[mask]).clip(0, 1), interpolation="nearest")
+    figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=8, handlelength=1.2)
+    _write(figure, path)
+
+
+def _legend(masks: Sequence[NDArray[Any]], classes: Sequence[str], colours: NDArray[Any]) -> list[Any]:
+    from matplotlib.patches import Patch
+
+    seen = np.zeros(len(classes), np.int64)
+    for values in masks:
+        seen += np.bincount(values[values != IGNORE].ravel(), minlength=len(classes))
+    common = [i for i in np.argsort(-seen, kind="stable") if seen[i]][:20]
+    return [Patch(color=colours[i], label=classes[i]) for i in common]
 
 
 def name_grid(
@@ -76,31 +94,65 @@ def name_grid(
     _write(figure, path)
 
 
+def share_picture(path: Path, image: NDArray[np.uint8], names: Sequence[str], shares: Sequence[float]) -> None:
+    """Write a PNG of the picture over bars of the best classes' shares of 1."""
+    figure, _, space = _single(image.shape, below=0.1 + 0.24 * len(names), draw=image)
+    bars = figure.add_axes((0.42, 0.02 * space, 0.44, 0.96 * space))
+    places = range(len(names))
+    bars.barh(places, shares, color=RIGHT, height=0.6)
+    bars.set(xlim=(0, 1), ylim=(len(names) - 0.4, -0.6), xticks=[], yticks=places)
+    bars.set_yticklabels([_short(n) for n in names], fontsize=8)
+    bars.tick_params(left=False)
+    bars.spines[:].set_visible(False)
+    for place, share in zip(places, shares):
+        bars.text(share + 0.02, place, f"{share:.1%}", va="center", fontsize=8)
+    _write(figure, path)
+
+
 def _short(name: str, most: int = 30) -> str:
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def depth_grid(path: Path, samples: Sequence[Sample], depths: Sequence[NDArray[Any]], max_depth: float) -> None:
     """Write a PNG, one column a sample; no reading is black; all share one logarithmic scale."""
-    from matplotlib import colormaps
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import LogNorm
-    from matplotlib.ticker import LogLocator
-
     readings = np.concatenate([s.target[s.target > 0] for s in samples])
     low, high = np.quantile(readings, (0.01, 0.99)).tolist() if len(readings) else (0.1, max_depth)
-    scale, colours = LogNorm(low, max(high, 1.1 * low), clip=True), colormaps["turbo_r"]
+    scale, colours = _metres(low, high)
     figure, axes, space = _figure(samples, legend=0.75)
     for column, sample, metres in zip(axes.T, samples, depths):
         truth = colours(scale(np.maximum(sample.target, low)))[..., :3]
         truth[sample.target == 0] = UNLABELLED
         for axis, shown in zip(column, (sample.image, truth, colours(scale(metres))[..., :3])):
             axis.imshow(shown)
-    ticks = LogLocator(subs=(1, 2, 5)).tick_values(low, high)
-    bar = figure.add_axes((0.3, space * 0.65, 0.4, space * 0.15))
-    shown = ScalarMappable(scale, colours)
-    figure.colorbar(shown, cax=bar, orientation="horizontal", ticks=ticks, format="%g", label="metres").minorticks_off()
+    _bar(figure, (0.3, space * 0.65, 0.4, space * 0.15), scale, colours)
     _write(figure, path)
+
+
+def depth_picture(path: Path, metres: NDArray[Any]) -> None:
+    """Write a PNG of depth (H, W) with a logarithmic colour bar of the range that occurs."""
+    scale, colours = _metres(*np.quantile(metres, (0.01, 0.99)).tolist())
+    figure, axis, space = _single(metres.shape, below=0.7)
+    axis.imshow(colours(scale(metres))[..., :3])
+    _bar(figure, (0.1, space * 0.72, 0.8, space * 0.15), scale, colours)
+    _write(figure, path)
+
+
+def _metres(low: float, high: float) -> tuple[Any, Any]:
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    return LogNorm(low, max(high, 1.1 * low), clip=True), colormaps["turbo_r"]
+
+
+def _bar(figure: Any, place: tuple[float, float, float, float], scale: Any, colours: Any) -> None:
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.ticker import LogLocator
+
+    ticks = LogLocator(subs=(1, 2, 5)).tick_values(scale.vmin, scale.vmax)
+    axis, shown = figure.add_axes(place), ScalarMappable(scale, colours)
+    figure.colorbar(
+        shown, cax=axis, orientation="horizontal", ticks=ticks, format="%g", label="metres"
+    ).minorticks_off()
 
 
 def object_grid(
@@ -114,15 +166,28 @@ def object_grid(
     figure, axes, _ = _figure(samples, legend=0.05)
     for column, sample, one in zip(axes.T, samples, found):
         truth = sample.target
-        best = [i for i in np.argsort(-one["scores"], kind="stable") if one["scores"][i] >= SHOWN][:MOST]
         for axis in column:
             axis.imshow(sample.image)
         names = [classes[k] for k in truth.labels]
         _objects(column[1], colours, truth.boxes, truth.labels, names, truth.masks, truth.crowd)
-        names = [f"{classes[one['labels'][i]]} {one['scores'][i]:.2f}" for i in best]
-        masks = one["masks"][best] if "masks" in one else None
-        _objects(column[2], colours, one["boxes"][best], one["labels"][best], names, masks, np.zeros(len(best), bool))
+        _best(column[2], colours, one, classes)
     _write(figure, path)
+
+
+def object_picture(
+    path: Path, image: NDArray[np.uint8], found: dict[str, NDArray[Any]], classes: Sequence[str]
+) -> None:
+    """Write a PNG of the picture with its predicted objects, chosen as in `object_grid`."""
+    figure, axis, _ = _single(image.shape, draw=image)
+    _best(axis, palette(len(classes)), found, classes)
+    _write(figure, path)
+
+
+def _best(axis: Any, colours: NDArray[Any], one: dict[str, NDArray[Any]], classes: Sequence[str]) -> None:
+    best = [i for i in np.argsort(-one["scores"], kind="stable") if one["scores"][i] >= SHOWN][:MOST]
+    names = [f"{classes[one['labels'][i]]} {one['scores'][i]:.2f}" for i in best]
+    masks = one["masks"][best] if "masks" in one else None
+    _objects(axis, colours, one["boxes"][best], one["labels"][best], names, masks, np.zeros(len(best), bool))
 
 
 def _objects(
@@ -178,6 +243,25 @@ def _figure(samples: Sequence[Sample], legend: float) -> tuple[Any, NDArray[Any]
     for axis, name in zip(axes[:, 0], NAMES):
         axis.set_ylabel(name)
     return figure, axes, legend / inches
+
+
+def _inches(shape: Sequence[int]) -> float:
+    """Width of a drawing of a picture (H, W, …): its own at 120 dots an inch, within what can be read and looked at."""
+    return min(max(shape[1] / 120, 4.0), 12.0)
+
+
+def _single(shape: Sequence[int], below: float = 0.0, draw: NDArray[np.uint8] | None = None) -> tuple[Any, Any, float]:
+    """A figure for one picture with `below` inches free below, its axis, and the free share of the height."""
+    from matplotlib.figure import Figure
+
+    width = _inches(shape)
+    inches = width * shape[0] / shape[1] + below
+    figure = Figure((width, inches), dpi=120)
+    axis = figure.add_axes((0, below / inches, 1, 1 - below / inches))
+    axis.set_axis_off()
+    if draw is not None:
+        axis.imshow(draw)
+    return figure, axis, below / inches
 
 
 def _write(figure: Any, path: Path) -> None:

@@ -76,12 +76,14 @@ class NeighbourProbe(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         queries = F.normalize(features[0].float(), dim=1)
         with torch.autocast(queries.device.type, enabled=False):  # neighbours differ in the third digit and later
-            return torch.cat([self._votes(part) for part in torch.split(queries, CHUNK)]).log()
+            # A program of any batch cannot have a number of parts that depends on it.
+            parts = [queries] if torch.compiler.is_exporting() else torch.split(queries, CHUNK)
+            return torch.cat([self._votes(part) for part in parts]).log()
 
     def _votes(self, queries: Tensor) -> Tensor:
         similarity, nearest = (queries @ self.bank.T).topk(min(self.k, len(self.bank)), dim=1)
         weights = (similarity / self.temperature).softmax(1)
-        return weights.new_zeros(len(queries), self.classes).scatter_add_(1, self.labels[nearest], weights)
+        return weights.new_zeros(queries.shape[0], self.classes).scatter_add_(1, self.labels[nearest], weights)
 
 
 def _classifier(width: int, classes: int) -> nn.Linear:

@@ -6,13 +6,15 @@ network; a timm image tower is built by its timm name.
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from cutline.errors import DataError
+from cutline.config import Config, apply, check
+from cutline.errors import ConfigError, DataError
 from cutline.record import version, write_atomic
 from cutline.towers.config import TowerConfig
 from cutline.towers.encoder import Encoder, wrap
@@ -28,6 +30,15 @@ TASKS = {
     "Classifier": "classify",
     "Detector": "detect",
 }  # by the kind in `CONFIG`
+_DENSE = ("test", "crop", "stride", "short", "test_flip", "precision", "device")
+LOOKS = {
+    "segment": (*_DENSE, "test_scales"),
+    "depth": _DENSE,
+    "classify": ("size", "short", "k", "temperature", "precision", "device"),
+    "detect": ("size", "min_score", "detections", "precision", "device"),
+}  # options of a trained model that its weights do not depend on
+NEEDS = (("crop", "test", "slide"), ("stride", "test", "slide"), ("k", "head", "knn"), ("temperature", "head", "knn"))
+C = TypeVar("C", bound=Config)
 
 
 def save(model: Transferred, folder: str | Path) -> Path:
@@ -63,9 +74,12 @@ def save(model: Transferred, folder: str | Path) -> Path:
     return folder
 
 
-def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
+def load(folder: str | Path, device: str | torch.device = "cpu", overrides: Sequence[str] = ()) -> Any:
     """The `Segmenter`, `DepthEstimator`, `Classifier` or `Detector` in `folder` (or in its `model/`), in eval mode;
-    raises `DataError`."""
+    raises `DataError`.
+
+    overrides: key=value of the options in `LOOKS`, how it is to look at pictures from now on; others are a `ConfigError`.
+    """
     from cutline.transfer.classify import Classifier, ClassifyConfig
     from cutline.transfer.depth import DepthConfig, DepthEstimator
     from cutline.transfer.detect import DetectConfig
@@ -78,14 +92,14 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
         encoder = _encoder(content["encoder"])
         model: Transferred
         if content["kind"] == "Segmenter":
-            model = Segmenter(encoder, SegmentConfig.model_validate(content["config"]), content["classes"])
+            model = Segmenter(encoder, _config(SegmentConfig, content, overrides), content["classes"])
         elif content["kind"] == "DepthEstimator":
-            model = DepthEstimator(encoder, DepthConfig.model_validate(content["config"]))
+            model = DepthEstimator(encoder, _config(DepthConfig, content, overrides))
         elif content["kind"] == "Detector":
-            objects = DetectConfig.model_validate(content["config"])
+            objects = _config(DetectConfig, content, overrides)
             model = Detector(encoder, objects, content["classes"], content["masks"])
         else:
-            config = ClassifyConfig.model_validate(content["config"])
+            config = _config(ClassifyConfig, content, overrides)
             model = Classifier(encoder, config, content["classes"], content["trained"])
         model.load_state_dict(load_file(path / WEIGHTS))
     except (OSError, ValueError, KeyError, RuntimeError) as e:
@@ -93,6 +107,25 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> Any:
     model.source, model.source_hash = content["encoder"]["name"], content["encoder"]["hash"]
     model.labels, model.skipped = content["trained"], content["skipped"]
     return model.to(device).eval()
+
+
+def _config(kind: type[C], content: dict[str, Any], overrides: Sequence[str]) -> C:
+    """The stored config with the overrides in it."""
+    if not overrides:
+        return kind.model_validate(content["config"])
+    task, names = TASKS[content["kind"]], [item.split("=", 1)[0] for item in overrides]
+    for name in names:
+        if name not in LOOKS[task]:
+            raise ConfigError(
+                f"{name!r} is not an option of a trained model of {task}: {', '.join(LOOKS[task])} can be changed."
+            )
+    changed: Any = check(kind, apply(content["config"], overrides, kind), given=overrides)
+    for name, other, value in NEEDS:
+        if name in names and getattr(changed, other) != value:
+            raise ConfigError(f"{name} is for {other}={value}: say that too, or leave {name} out.")
+    if task == "classify" and changed.short < changed.size:
+        raise ConfigError(f"short={changed.short} is less than size={changed.size}: raise short too.")
+    return changed  # type: ignore[no-any-return]
 
 
 def folder_of(folder: str | Path) -> Path:
