@@ -23,6 +23,7 @@ from cutline.transfer.detect import DetectConfig
 from cutline.transfer.detect import fit as fit_objects
 from cutline.transfer.metrics import Confusion, DepthErrors, Hits
 from cutline.transfer.objects import Objects
+from cutline.transfer.run import transfer
 from cutline.transfer.segment import SegmentConfig, fit, segment
 from cutline.transfer.store import load
 
@@ -96,6 +97,8 @@ def test_a_finished_run_keeps_no_checkpoint_and_a_changed_one_is_not_resumed(
         segment(encoder, data, config.model_copy(update={"lr": 2e-3}), out, resume=True)
     segment(encoder, data, config, out, resume=True)
     assert not (out / "checkpoints").exists()
+    with pytest.raises(ConfigError, match="is finished. Leave --resume out"):
+        transfer("segment", encoder, data, config, out, resume=True)
     assert load_config(SegmentConfig, out / "recipe.yaml") == load(out).config
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cutline.errors import ConfigError
 from cutline.objectives.gather import world
 from cutline.record import Result
 from cutline.train.device import process_group
@@ -33,7 +34,12 @@ def transfer(
     out: Path | None = None,
     resume: bool = False,
 ) -> Result:
-    """`segment`, `depth`, `classify` or `detect` by its name, with its config."""
+    """`segment`, `depth`, `classify` or `detect` by its name, with its config. Raises `ConfigError` where there is nothing to
+    resume, because `out` holds a finished run."""
+    if resume and out is not None and (out / "result.json").exists():
+        raise ConfigError(
+            f"the run in {out} is finished. Leave --resume out to train it anew, or choose another --out."
+        )
     run = getattr(importlib.import_module(f"cutline.transfer.{task}"), task)
     result: Result = run(encoder, data, config, out, resume)
     return result

@@ -40,8 +40,8 @@ def sweep(
     """The result of the best of `rates` (default `FACTORS` times the config's own), as `segment` and its like give it.
 
     Its protocol says which rates were tried in place of the one chosen, so that encoders with different ones share a column.
-    `out` gets what a run writes, sweep.png, and the trials in sweep/. resume: finished trials are not run again, and a
-    killed one goes on. A rate whose training fails is told and passed over; raises `TrainingError` if all fail.
+    `out` gets what a run writes, sweep.png, and the trials in sweep/. resume: finished trials are not run again, a killed one
+    goes on, and a finished sweep is an error. A rate whose training fails is told and passed over; raises `TrainingError` if all fail.
     """
     if config.peak is None:
         raise ConfigError("head=knn trains nothing, so there is no learning rate to sweep.")
