@@ -15,3 +15,7 @@ class DataError(CutlineError):
 
 class TrainingError(CutlineError):
     """A run cannot go on: too many broken pictures, a loss that is not finite, a checkpoint that does not fit."""
+
+
+class DivergedError(TrainingError):
+    """The loss stayed infinite or not a number."""

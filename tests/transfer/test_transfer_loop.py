@@ -95,10 +95,16 @@ def test_a_finished_run_keeps_no_checkpoint_and_a_changed_one_is_not_resumed(
     killed(0)
     with pytest.raises(TrainingError, match="another config, encoder or data"):
         segment(encoder, data, config.model_copy(update={"lr": 2e-3}), out, resume=True)
+    assert load_config(SegmentConfig, out / "recipe.yaml").lr == config.lr
     segment(encoder, data, config, out, resume=True)
     assert not (out / "checkpoints").exists()
-    with pytest.raises(ConfigError, match="is finished. Leave --resume out"):
-        transfer("segment", encoder, data, config, out, resume=True)
+    assert transfer("segment", encoder, data, config, out, resume=True) == Result.read(out)  # and trains nothing
+    with pytest.raises(ConfigError, match="a finished run of another config, encoder or data"):
+        transfer("segment", encoder, data, config.model_copy(update={"lr": 2e-3}), out, resume=True)
+    killed(4)
+    with pytest.raises(Killed):
+        segment(encoder, data, config, out)
+    assert not (out / "result.json").exists()  # the new run's, and nothing of the old one
     assert load_config(SegmentConfig, out / "recipe.yaml") == load(out).config
 
 
@@ -150,6 +156,23 @@ def test_a_gradient_that_is_not_finite_leaves_weights_and_batch_norms_as_they_we
     assert "not finite" in (tmp_path / "metrics.jsonl").read_text()
 
 
+def test_a_run_keeps_five_checkpoints_and_one_at_its_end(
+    folder: Callable[..., Path], encoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[int] = []
+    monkeypatch.setattr(loop._Run, "save", lambda run: saved.append(run.done))
+    fit(encoder, f"folder:{folder()}", SegmentConfig(**{**DENSE, "steps": 13}, head="linear"), tmp_path)
+    assert saved == [3, 6, 9, 12, 13]
+
+
+def test_batch_norms_of_several_gpus_keep_their_activations() -> None:
+    encoder = load_encoder("scratch:mobilenetv3_small_050").eval()
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        before = encoder(images)[-1]
+        assert torch.equal(loop.convert_sync_batchnorm(encoder)(images)[-1], before)
+
+
 @pytest.mark.parametrize("name", ["scratch:vit-tiny-64", "scratch:vit_tiny_patch16_224", "scratch:convnext_atto"])
 def test_activations_computed_twice_give_the_same_gradients_from_less_memory(name: str) -> None:
     encoder = load_encoder(name)
@@ -182,6 +205,8 @@ def test_gradient_checkpointing_while_training_alone_and_refused_where_a_tower_h
     assert_same(plain, twice)
     assert not twice.encoder.visual.transformer.grad_checkpointing
     monkeypatch.delattr(type(encoder.visual), "set_grad_checkpointing")
+    with pytest.raises(CutlineError, match="leave grad_checkpointing out"):
+        load_encoder("scratch:RN50").set_grad_checkpointing(True)
     with pytest.raises(CutlineError, match="leave grad_checkpointing out"):
         fit(encoder, data, config.model_copy(update={"grad_checkpointing": True}))
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from processes import run_cutline
 
-from cutline.errors import ConfigError, DataError, TrainingError
+from cutline.errors import ConfigError, DataError, DivergedError, TrainingError
 from cutline.record import Protocol, Result, check_comparable
 from cutline.transfer import sweep as module
 from cutline.transfer.classify import ClassifyConfig
@@ -25,7 +25,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def transfer(task: str, encoder: Any, data: DenseData, config: Any, out: Path | None, resume: bool) -> Result:
         if config.lr == 1:
-            raise TrainingError("the loss was not finite")
+            raise DivergedError("the loss was not finite")
         train, scored = (set(data.splits[name].keys) for name in ("train", config.split))
         seen.append({"lr": config.lr, "train": train, "scored": scored, "split": config.split, "labels": config.labels})
         metrics = {"miou": -abs(np.log(config.lr / 3e-4)), "rmse": abs(np.log(config.lr / 3e-4))}
@@ -87,10 +87,15 @@ def test_finished_trials_are_not_run_again(
     first = sweep("segment", encoder, data, SegmentConfig(), out, [1e-4, 1e-3])
     assert (out / "sweep.png").read_bytes()[:4] == b"\x89PNG"
     assert Result.read(out) == first
-    (out / "result.json").unlink()  # killed in the last training
     trials.clear()
+    (out / "sweep" / "kept").touch()
+    with pytest.raises(ConfigError, match="a finished run of another config"):  # `trials` writes no whole protocol
+        sweep("segment", encoder, data, SegmentConfig(), out, [1e-4, 1e-3], resume=True)
+    (out / "result.json").unlink()  # killed in the last training
     assert sweep("segment", encoder, data, SegmentConfig(), out, [1e-4, 1e-3], resume=True) == first
-    assert len(trials) == 1
+    assert (out / "sweep" / "kept").exists()
+    assert sweep("segment", encoder, data, SegmentConfig(), out, [1e-4, 1e-3]) == first
+    assert not (out / "sweep" / "kept").exists()
 
 
 def test_what_cannot_be_swept_is_told(folder: Callable[..., Path], encoder: Any, trials: list[dict[str, Any]]) -> None:

@@ -33,6 +33,12 @@ def same_on_all(value: T) -> T:
     return box[0]
 
 
+def broadcast(x: Tensor) -> None:
+    """Overwrite `x` with the first process's."""
+    if world()[1] > 1:
+        dist.broadcast(x, 0)
+
+
 def of_all(value: T) -> list[T]:
     """What each process has, in rank order; any picklable object."""
     if world()[1] == 1:

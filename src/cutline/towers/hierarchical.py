@@ -102,6 +102,10 @@ class ResNetEncoder(Encoder):
         self._first = {f"layer{i + 1}": 1 + sum(len(s) for s in self.stages[:i]) for i in range(4)}
         self.num_layers = sum(len(s) for s in self.stages)
 
+    def set_grad_checkpointing(self, on: bool) -> None:
+        if on:  # open_clip's method of that name does nothing
+            raise CutlineError(f"{self.name} has no gradient checkpointing; leave grad_checkpointing out.")
+
     def _maps(self, x: Tensor) -> list[Tensor]:
         maps = self.visual.forward_intermediates(x, indices=[1, 2, 3, 4], intermediates_only=True)[
             "image_intermediates"

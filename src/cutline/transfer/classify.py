@@ -40,7 +40,7 @@ CUT = (0.35, 1.0)  # share of the area that a random crop keeps, when fine-tunin
 LR, LR_FROZEN = 6e-4, 3e-3
 SHOWN = 12  # pictures in samples.png
 TRAINING = (
-    "steps", "lr", "weight_decay", "layer_decay", "drop_path", "warmup", "schedule", "power", "clip", "flip", "scale",
+    "steps", "lr", "weight_decay", "layer_decay", "drop_path", "warmup", "schedule", "power", "clip", "ema", "flip", "scale",
     "operations", "magnitude", "smoothing",
 )  # fmt: skip
 VOTING = ("k", "temperature")
@@ -270,5 +270,10 @@ def classify(
         )
 
     return run(
-        config.device, lambda: fit(encoder, opened, config, out, resume), lambda model: score(model, opened), draw, out
+        config.device,
+        lambda: fit(encoder, opened, config, out, resume),
+        lambda model: score(model, opened),
+        draw,
+        out,
+        resume,
     )

@@ -219,5 +219,10 @@ def depth(
         depth_grid(path, samples, model.predict([s.image for s in samples]), model.config.top)
 
     return run(
-        config.device, lambda: fit(encoder, opened, config, out, resume), lambda model: score(model, opened), draw, out
+        config.device,
+        lambda: fit(encoder, opened, config, out, resume),
+        lambda model: score(model, opened),
+        draw,
+        out,
+        resume,
     )

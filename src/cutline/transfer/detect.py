@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from cutline.errors import DataError
@@ -68,6 +68,12 @@ class DetectConfig(TransferConfig):
     relative: bool = False
     min_score: float = Field(0.05, ge=0, lt=1)
     detections: int = Field(100, ge=1)
+
+    @model_validator(mode="after")
+    def _learns(self) -> "DetectConfig":
+        if self.relative and self.frozen:
+            raise ValueError("relative positions are learnt inside the encoder: leave relative or frozen out")
+        return self
 
     @field_validator("scale")
     @classmethod
@@ -166,5 +172,10 @@ def detect(
         object_grid(path, samples, model.predict([s.image for s in samples]), model.classes)
 
     return run(
-        config.device, lambda: fit(encoder, opened, config, out, resume), lambda model: score(model, opened), draw, out
+        config.device,
+        lambda: fit(encoder, opened, config, out, resume),
+        lambda model: score(model, opened),
+        draw,
+        out,
+        resume,
     )

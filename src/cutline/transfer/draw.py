@@ -54,7 +54,8 @@ def class_picture(path: Path, image: NDArray[np.uint8], mask: NDArray[Any], clas
     handles = _legend([mask], classes, colours)
     columns = max(1, min(len(handles), int(_inches(image.shape) / 1.3)))
     figure, axis, _ = _single(image.shape, below=0.1 + 0.18 * -(-len(handles) // columns))
-    axis.imshow((0.45 * image / 255 + 0.55 * colours[mask]).clip(0, 1), interpolation="nearest")
+    grey = image.mean(2, keepdims=True) / 255  # colours of the picture would change those of the legend
+    axis.imshow((0.4 * grey + 0.6 * colours[mask]).clip(0, 1), interpolation="nearest")
     figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=8, handlelength=1.2)
     _write(figure, path)
 

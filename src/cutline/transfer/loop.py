@@ -6,7 +6,6 @@ normalise over all of it. A run that was killed goes on from its last checkpoint
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +14,13 @@ from typing import IO, Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cutline.config import dump
-from cutline.errors import ConfigError, TrainingError
-from cutline.objectives.gather import world
+from cutline.errors import ConfigError, DivergedError, TrainingError
+from cutline.objectives.gather import broadcast, world
 from cutline.progress import progress
 from cutline.record import fingerprint, write_atomic
 from cutline.train import checkpoint
@@ -33,6 +33,7 @@ from cutline.transfer.prepared import Prepared
 
 NONFINITE = 5  # losses in a row that are not finite before a run stops
 LOG_EVERY = 10
+SAVE_EVERY, SAVES = 500, 5  # steps between checkpoints at most, and checkpoints of a run at least, when not given
 
 B = TypeVar("B", bound="Keyed")
 
@@ -54,24 +55,27 @@ def train(
     """Train `model` in place by `prepared.config` and leave it in eval mode, with its weights' average if there is one.
 
     batches: this process's share of the batches start … stop - 1; loss: of a batch, a scalar. `out` gets recipe.yaml
-    (the config, resolved), metrics.jsonl and, every `save_every` steps, a checkpoint; resume: go on from the last of these
-    (without one, from the start). Raises `TrainingError` after `NONFINITE` losses or gradients in a row that are not
-    finite (single ones are skipped and logged), and for a checkpoint of another config, encoder or data.
+    (the config, resolved), metrics.jsonl and, every `save_every` steps and at the end, a checkpoint; resume: go on from the
+    last of these (without one, from the start). Raises `TrainingError` after `NONFINITE` losses or gradients in a row that are not
+    finite (single ones are skipped and logged; `DivergedError`), and for a checkpoint of another config, encoder or data.
     """
     config: TransferConfig = prepared.config
+    every = config.save_every or min(SAVE_EVERY, -(-prepared.steps // SAVES))
     with _regularised(model.encoder, config):
         run = _Run(model, prepared, loss, out)
         if resume:
             run.resume()
-        elif out is not None and world()[0] == 0:
-            shutil.rmtree(run.checkpoints, ignore_errors=True)
+        if out is not None and world()[0] == 0:
+            out.mkdir(parents=True, exist_ok=True)
+            write_atomic(out / "recipe.yaml", dump(config).encode())
         label = "training the head" if config.frozen else "fine-tuning"
         with progress(label, run.steps, "steps", world()[0] == 0, done=run.done) as tick, _Log(out, run) as log:
             for batch in batches(run.done, run.steps):
                 number = run.step(batch, log)
                 tick(1, f"loss {number:.3f}")
-                if out is not None and run.done % config.save_every == 0:
+                if out is not None and (run.done % every == 0 or run.done == run.steps):
                     run.save()
+        run.same_on_all()
         if run.average is not None:
             model.load_state_dict(run.average.module.state_dict())
     model.eval()
@@ -117,6 +121,8 @@ class _Run:
         if config.batch % size:
             raise ConfigError(f"batch={config.batch} is not a multiple of the {size} processes.")
         device = device_of(config.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # whose random numbers checkpoints keep
         model.to(device).train()
         self.model, self.config, self.lr = model, config, config.lr
         self.steps, self.warmup = prepared.steps, prepared.warmup
@@ -132,15 +138,12 @@ class _Run:
         if size > 1:
             torch.manual_seed(config.seed + rank)  # dropout and drop path differ between processes
             if device.type == "cuda":
-                nn.SyncBatchNorm.convert_sync_batchnorm(self.trainee)  # type: ignore[no-untyped-call]
+                convert_sync_batchnorm(model)  # timm's, which keeps the activations that its batch norms have in them
             self.trainee = nn.parallel.DistributedDataParallel(self.trainee, find_unused_parameters=True)
         self.done = self.bad = 0
         self.seconds, self.begun = 0.0, time.monotonic()
         # What a checkpoint must agree in for its run to go on.
         self.name = fingerprint(config.model_dump(mode="json", exclude=NO_NUMBER), prepared.data, model.source_hash)
-        if out is not None and rank == 0:
-            out.mkdir(parents=True, exist_ok=True)
-            write_atomic(out / "recipe.yaml", dump(config).encode())
 
     def step(self, batch: Any, log: "_Log") -> float:
         """One step of the optimiser; returns the loss, averaged over processes. One that is not finite, or whose gradient is
@@ -177,7 +180,7 @@ class _Run:
     def _refuse(self, keys: list[str]) -> None:
         self.bad += 1
         if self.bad >= NONFINITE:
-            raise TrainingError(
+            raise DivergedError(
                 f"the loss or its gradient was not finite {self.bad} times in a row, at step {self.done} with the pictures "
                 f"{', '.join(keys)}. Lower lr={self.lr} or set clip=1.0."
             )
@@ -186,7 +189,15 @@ class _Run:
         seconds = self.seconds + time.monotonic() - self.begun
         return {"progress": {"step": self.done, "bad": self.bad, "seconds": seconds, "name": self.name}}
 
+    def same_on_all(self) -> None:
+        """Give all processes the first one's buffers: averages of batch norms that only see their own share."""
+        for buffer in self.model.buffers():
+            broadcast(buffer)
+        for buffer in self.average.buffers() if self.average is not None else ():
+            broadcast(buffer)
+
     def save(self) -> None:
+        self.same_on_all()
         state = checkpoint.training_state(self.model, self.optimiser, self.average, **self._progress())
         checkpoint.save(self.checkpoints, self.done, state, keep=1)
 

@@ -25,7 +25,7 @@ class TransferConfig(Config):
     weights that is kept in their place (FT-CLIP: 0.9998). split, pictures: what is scored, and how many at most.
     precision: "auto" is bf16 autocast on CUDA and float32 elsewhere. batch: of all processes together.
     grad_checkpointing: compute the encoder's activations twice and keep less of them. save_every: steps between
-    checkpoints.
+    checkpoints, default 500 but five in a run.
     """
 
     frozen: bool = False
@@ -47,7 +47,7 @@ class TransferConfig(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     device: str = "auto"
     grad_checkpointing: bool = False
-    save_every: int = Field(500, ge=1)
+    save_every: int | None = Field(None, ge=1)
     seed: int = 0
 
     @property

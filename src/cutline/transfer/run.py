@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from cutline.errors import ConfigError
-from cutline.objectives.gather import world
+from cutline.objectives.gather import barrier, world
 from cutline.record import Result
+from cutline.towers.encoder import Encoder
 from cutline.train.device import process_group
-from cutline.transfer.data import DenseData, Task
+from cutline.transfer.data import DenseData, Task, open_data
 from cutline.transfer.model import Transferred
-from cutline.transfer.options import TransferConfig
+from cutline.transfer.options import NO_NUMBER, TransferConfig, precision
+from cutline.transfer.prepared import encoder_of
 from cutline.transfer.store import save
 
 M = TypeVar("M", bound=Transferred)
@@ -34,28 +36,59 @@ def transfer(
     out: Path | None = None,
     resume: bool = False,
 ) -> Result:
-    """`segment`, `depth`, `classify` or `detect` by its name, with its config. Raises `ConfigError` where there is nothing to
-    resume, because `out` holds a finished run."""
+    """`segment`, `depth`, `classify` or `detect` by its name, with its config; where a finished run is to be resumed, its
+    result. Raises `ConfigError` if that is of another config, encoder or data."""
     if resume and out is not None and (out / "result.json").exists():
-        raise ConfigError(
-            f"the run in {out} is finished. Leave --resume out to train it anew, or choose another --out."
-        )
+        data, encoder = open_data(data, task), encoder_of(encoder, config)
+        return finished(out, config, data, encoder)
     run = getattr(importlib.import_module(f"cutline.transfer.{task}"), task)
     result: Result = run(encoder, data, config, out, resume)
     return result
 
 
+def finished(
+    out: Path, config: TransferConfig, data: DenseData, encoder: Encoder, but: frozenset[str] = frozenset()
+) -> Result:
+    """The result in `out`; raises `ConfigError` if it is not of this config (whatever the options `but` are), data and encoder."""
+    result = Result.read(out)
+    found = result.protocol
+    given = config.model_dump(mode="json", exclude={"seed", "split", *NO_NUMBER, *but}, exclude_none=True)
+    given["precision"] = precision(config)
+    same = [found.settings.get(name) for name in given] == list(given.values()) and (
+        (found.data_fingerprint, found.encoder_hash, found.split, found.seed)
+        == (data.fingerprint, encoder.hash, config.split, config.seed)
+    )
+    if not same:
+        raise ConfigError(
+            f"{out} holds a finished run of another config, encoder or data. Choose another --out, or leave --resume out to "
+            "train it anew."
+        )
+    return result
+
+
 def run(
-    device: str, fit: Callable[[], M], score: Callable[[M], Result], draw: Callable[[M, Path], None], out: Path | None
+    device: str,
+    fit: Callable[[], M],
+    score: Callable[[M], Result],
+    draw: Callable[[M, Path], None],
+    out: Path | None,
+    resume: bool,
 ) -> Result:
     """`fit`, then `score`, on all processes of torchrun, each with its share of the work and with the same result.
 
     With `out`, the first writes there the model, metrics.jsonl, samples.png (by `draw`) and result.json, and takes the
-    checkpoints away. The result's seconds are those of training and scoring.
+    checkpoints away. Without `resume`, what an earlier run left there goes first. The result's seconds are those of training
+    and scoring.
     """
     begun = time.monotonic()
     with process_group(device):
-        model, first = fit(), world()[0] == 0
+        first = world()[0] == 0
+        if out is not None and first and not resume:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)
+            for name in ("result.json", "metrics.jsonl"):
+                (out / name).unlink(missing_ok=True)
+        barrier()
+        model = fit()
         if out is not None and first:
             save(model, out / "model")  # before scoring, which bad pictures may stop
         result = score(model).model_copy(update={"seconds": time.monotonic() - begun})

@@ -156,5 +156,10 @@ def segment(
         class_grid(path, samples, model.predict([s.image for s in samples]), model.classes)
 
     return run(
-        config.device, lambda: fit(encoder, opened, config, out, resume), lambda model: score(model, opened), draw, out
+        config.device,
+        lambda: fit(encoder, opened, config, out, resume),
+        lambda model: score(model, opened),
+        draw,
+        out,
+        resume,
     )

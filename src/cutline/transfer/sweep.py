@@ -7,6 +7,7 @@ training pictures, held out. With the best one training starts once more on all 
 """
 
 import math
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,14 +16,14 @@ from typing import Any
 
 import numpy as np
 
-from cutline.errors import ConfigError, DataError, TrainingError
-from cutline.objectives.gather import world
+from cutline.errors import ConfigError, DataError, DivergedError, TrainingError
+from cutline.objectives.gather import barrier, world
 from cutline.record import HEADLINE, Result, fingerprint
 from cutline.train.device import process_group
 from cutline.transfer.data import DenseData, Task, labelled, open_data
 from cutline.transfer.options import TransferConfig
 from cutline.transfer.prepared import encoder_of
-from cutline.transfer.run import transfer
+from cutline.transfer.run import finished, transfer
 
 FACTORS = (0.1, 0.2, 0.5, 1.0, 2.0)  # of the config's rate, when no rates are given
 HELD_OUT = 0.1
@@ -40,8 +41,8 @@ def sweep(
     """The result of the best of `rates` (default `FACTORS` times the config's own), as `segment` and its like give it.
 
     Its protocol says which rates were tried in place of the one chosen, so that encoders with different ones share a column.
-    `out` gets what a run writes, sweep.png, and the trials in sweep/. resume: finished trials are not run again, a killed one
-    goes on, and a finished sweep is an error. A rate whose training fails is told and passed over; raises `TrainingError` if all fail.
+    `out` gets what a run writes, sweep.png, and the trials in sweep/. resume: what is finished is not run again, and what was
+    killed goes on. A rate at which training diverges is told and passed over; raises `TrainingError` if all do.
     """
     if config.peak is None:
         raise ConfigError("head=knn trains nothing, so there is no learning rate to sweep.")
@@ -52,19 +53,28 @@ def sweep(
     with process_group(config.device):
         start = encoder_of(encoder, config)
         judged, trial, by = _validation(opened, config)
+        tried = f"best of {', '.join(f'{r:g}' for r in rates)} by {by}"
+        if resume and out is not None and (out / "result.json").exists():
+            result = finished(out, config, opened, start, but=frozenset({"lr"}))
+            if result.protocol.settings["lr"] != tried:
+                raise ConfigError(f"{out} holds another sweep: {result.protocol.settings['lr']}. Choose another --out.")
+            return result
+        if out is not None and not resume and world()[0] == 0:
+            shutil.rmtree(out / "sweep", ignore_errors=True)
+        barrier()
         scores = {}
         for rate in rates:
             folder = out / "sweep" / f"lr-{rate:g}" if out is not None else None
             scores[rate] = _score(task, start, judged, trial.model_copy(update={"lr": rate}), folder, resume)
         best = _best(task, scores)
-        result = transfer(task, start, opened, config.model_copy(update={"lr": best}), out, resume)
-        tried = f"best of {', '.join(f'{r:g}' for r in rates)} by {by}"
-        settings = {**result.protocol.settings, "lr": tried}
-        result = result.model_copy(update={"protocol": result.protocol.model_copy(update={"settings": settings})})
         if out is not None and world()[0] == 0:
             from cutline.transfer.draw import rate_curve
 
             rate_curve(out / "sweep.png", scores, best, HEADLINE[task][0], by)
+        result = transfer(task, start, opened, config.model_copy(update={"lr": best}), out, resume)
+        settings = {**result.protocol.settings, "lr": tried}
+        result = result.model_copy(update={"protocol": result.protocol.model_copy(update={"settings": settings})})
+        if out is not None and world()[0] == 0:
             result.write(out)
     return result
 
@@ -99,11 +109,9 @@ def _score(
     task: Task, encoder: Any, data: DenseData, config: TransferConfig, folder: Path | None, resume: bool
 ) -> float:
     metric = HEADLINE[task][0]
-    if resume and folder is not None and (folder / "result.json").exists():
-        return Result.read(folder).metrics[metric]
     try:
         score = transfer(task, encoder, data, config, folder, resume).metrics[metric]
-    except TrainingError as e:
+    except DivergedError as e:
         _say(f"lr={config.lr:g}: {e}")
         return math.nan
     _say(f"lr={config.lr:g}: {metric} {score:.4g}")

@@ -80,11 +80,16 @@ def use_windows(encoder: Encoder, size: int) -> list[int]:
 
 
 class Relative(nn.Module):
-    """Tables of one block's relative positions. size: patches a side that they are for, resized to others; width: of a head."""
+    """One block's relative positions, and the hook that adds them to its attention's logits.
 
-    def __init__(self, size: int, width: int) -> None:
+    size: patches a side that its tables are for, resized to others; window: patches a side of its windows, or None where it
+    sees the whole grid, which `view` knows.
+    """
+
+    def __init__(self, attention: Any, size: int, window: int | None, view: Windows) -> None:
         super().__init__()
-        self.rows, self.columns = (nn.Parameter(torch.zeros(2 * size - 1, width)) for _ in range(2))
+        self.heads, self.window, self.view = int(attention.num_heads), window, view
+        self.rows, self.columns = (nn.Parameter(torch.zeros(2 * size - 1, attention.head_dim)) for _ in range(2))
 
     def forward(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
         """What is added to the logits, (B, heads, P + h·w, P + h·w), of queries (B, heads, P + h·w, width)."""
@@ -94,6 +99,19 @@ class Relative(nn.Module):
         by_column = torch.einsum("bnhwd,wkd->bnhwk", patches, _between(self.columns, grid[1]))
         bias = (by_row[..., None] + by_column[..., None, :]).flatten(4).flatten(2, 3)
         return F.pad(bias, (prefix, 0, prefix, 0))
+
+    def before(
+        self, attention: Any, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give the attention its logits' addend as a mask, which both open_clip's and timm's take."""
+        x, flat = arguments[0], isinstance(attention, nn.MultiheadAttention)
+        weight, bias = (
+            (attention.in_proj_weight, attention.in_proj_bias) if flat else (attention.qkv.weight, attention.qkv.bias)
+        )
+        q = F.linear(x, weight[: x.shape[2]], None if bias is None else bias[: x.shape[2]])
+        q = q.reshape(*q.shape[:2], self.heads, -1).transpose(1, 2)
+        added = self(q, (self.window, self.window) if self.window else self.view.grid).to(x.dtype)
+        return arguments, {**named, "attn_mask": added.flatten(0, 1) if flat else added}
 
 
 def _between(table: Tensor, size: int) -> Tensor:
@@ -113,25 +131,8 @@ def use_relative(encoder: Encoder, size: int, window: int | None) -> None:
     everywhere = even_taps(len(blocks), None) if window else range(len(blocks))
     for k, block in enumerate(blocks):
         own = None if k in everywhere else window
-        heads = block.attn.num_heads
-        block.attn.relative = Relative(own or size, block.attn.head_dim)
-
-        def biased(
-            attention: Any, arguments: tuple[Any, ...], named: dict[str, Any], own: int | None = own, heads: int = heads
-        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-            x = arguments[0]
-            weight, bias = (
-                (attention.in_proj_weight, attention.in_proj_bias)
-                if isinstance(attention, nn.MultiheadAttention)
-                else (attention.qkv.weight, attention.qkv.bias)
-            )
-            q = F.linear(x, weight[: x.shape[2]], None if bias is None else bias[: x.shape[2]])
-            q = q.reshape(*q.shape[:2], heads, -1).transpose(1, 2)
-            added = attention.relative(q, (own, own) if own else view.grid).to(x.dtype)
-            flat = isinstance(attention, nn.MultiheadAttention)
-            return arguments, {**named, "attn_mask": added.flatten(0, 1) if flat else added}
-
-        block.attn.register_forward_pre_hook(biased, with_kwargs=True)
+        block.attn.relative = Relative(block.attn, own or size, own, view)
+        block.attn.register_forward_pre_hook(block.attn.relative.before, with_kwargs=True)
 
 
 def _plain(encoder: Encoder, option: str, then: str) -> tuple[list[Any], int]:
