@@ -1,12 +1,26 @@
 """Fixtures shared by all rooms."""
 
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
+from cutline.cli import main
+
 torch.set_num_threads(1)  # small tensors: threads cost more than they give
+
+
+class Done(NamedTuple):
+    """What a command left: its exit code and what it wrote."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
 
 REAL = Path(__file__).parents[2] / "shared" / "data"
 
@@ -17,6 +31,21 @@ def real_data() -> Path:
     if not REAL.is_dir():
         pytest.skip("the real data sets are not here")
     return REAL
+
+
+@pytest.fixture
+def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
+    """Runs the command line in this process, without the seconds that its imports take in one of its own."""
+
+    def run(*args: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["cutline", *args])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capfd.readouterr()
+        return Done(int(ended.value.code or 0), out, err)
+
+    return run
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -120,3 +121,11 @@ def make(kind: str, root: Path) -> tuple[str, str]:
         return f"{kind}:{root}", "segment"
     DEPTH[kind](root)
     return f"{kind}:{root}", "depth"
+
+
+def outspoken(detector: Any) -> Any:
+    """A detector whose heads start with torch's own weights, so that it finds things untrained."""
+    for name, layer in detector.named_modules():
+        if name.endswith(("cls_score", "bbox_pred")) and "rpn" not in name:
+            layer.reset_parameters()
+    return detector

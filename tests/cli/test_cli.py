@@ -36,22 +36,26 @@ def test_help_imports_nothing_heavy():
         ),
     ],
 )
-def test_user_errors_are_one_message_without_a_traceback(tmp_path, command, message):
-    done = run_cutline(*command, cwd=tmp_path)
+def test_user_errors_are_one_message_and_exit_code_1(here, tmp_path, monkeypatch, command, message):
+    monkeypatch.chdir(tmp_path)
+    done = here(*command)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+def test_an_error_of_the_command_has_no_traceback_unless_asked_for(tmp_path):
+    done = run_cutline("train", "no-such.yaml", cwd=tmp_path)
+    assert done.returncode == 1
     assert "Traceback" not in done.stderr
-
-
-def test_debug_shows_the_traceback():
     assert "Traceback" in run_cutline("--debug", "train", "no-such.yaml").stderr
 
 
-def test_scores_of_other_options_are_kept_apart(tmp_path):
+def test_scores_of_other_options_are_kept_apart(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     command = ["zeroshot", "retrieve", "--model", "scratch:vit-tiny-64", "--data", "scenes:n=4,size=48"]
     folders = set()
     for options in ([], ["max_texts=2"]):
-        done = run_cutline(*command, *options, cwd=tmp_path)
+        done = here(*command, *options)
         assert done.returncode == 0, done.stderr
         folders.add(done.stdout.split("Written: ")[1].strip())
     assert len(folders) == 2

@@ -213,11 +213,12 @@ def test_a_killed_study_goes_on_and_finishes_every_cell(study):
     assert "difference" in (study / "stdout").read_text()
 
 
-def test_a_finished_study_does_nothing_again(study):
+def test_a_finished_study_does_nothing_again(here, study, monkeypatch):
+    monkeypatch.chdir(study)
     plan = load_plan(study / "plan.yaml")
     paths = [c.folder(study / "out") / "result.json" for c in results(plan, study / "out")]
     before = [p.stat().st_mtime_ns for p in paths]
-    assert run_cutline("study", "plan.yaml", "--out", "out", cwd=study).returncode == 0
+    assert here("study", "plan.yaml", "--out", "out").returncode == 0
     assert [p.stat().st_mtime_ns for p in paths] == before
 
 
@@ -258,12 +259,12 @@ def test_an_untrained_encoder_is_there_only_when_it_is_whole(tmp_path, plan, mon
     assert towers.load(_pretrain(plan, cell, tmp_path, {}))
 
 
-def test_the_report_of_a_study_that_never_ran_says_so(tmp_path):
+def test_the_report_of_a_study_that_never_ran_says_so(here, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "plan.yaml").write_text(yaml.safe_dump(TINY))
-    done = run_cutline("study", "plan.yaml", "--report", cwd=tmp_path)
+    done = here("study", "plan.yaml", "--report")
     assert done.returncode == 1
     assert "there is no study in" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_the_report_says_of_a_study_only_what_its_plan_says(plan):
@@ -285,8 +286,8 @@ def test_curves_of_a_run_that_is_being_written(tmp_path, plan):
     assert _curves(plan, tmp_path) is None  # no contrast, and no level to compare
 
 
-def test_another_study_in_the_same_folder_is_refused(study):
-    done = run_cutline("study", "plan.yaml", "--out", "out", "base.train.lr=0.5", cwd=study)
+def test_another_study_in_the_same_folder_is_refused(here, study, monkeypatch):
+    monkeypatch.chdir(study)
+    done = here("study", "plan.yaml", "--out", "out", "base.train.lr=0.5")
     assert done.returncode == 1
     assert "holds another study" in done.stderr
-    assert "Traceback" not in done.stderr

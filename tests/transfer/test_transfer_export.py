@@ -8,6 +8,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from dense_made import outspoken
 from typer.testing import CliRunner
 
 from cutline.cli import app
@@ -76,7 +77,7 @@ OPTIONS: dict[str, Any] = {
 @pytest.mark.parametrize("head", ["rcnn", "cascade"])
 def test_detection_of_one_picture_with_any_number_of_proposals(make_encoder: Any, tmp_path: Path, head: Any) -> None:
     # 200 rois: 800 proposals are kept at most, and suppression leaves fewer, another number for every picture.
-    model = Detector(make_encoder(), DetectConfig(**OPTIONS, rois=200, head=head), ["a", "b"], True)
+    model = outspoken(Detector(make_encoder(), DetectConfig(**OPTIONS, rois=200, head=head), ["a", "b"], True))
     program = written(model, tmp_path, "onnx")
     for image in (pictures(1, 64, 64), np.full((1, 64, 64, 3), 90, np.uint8)):
         expected, found = model.predict(image)[0], program(batch(image))

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from dense_made import outspoken
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -99,7 +100,7 @@ def test_depth_reads_back_in_metres(
 
 def test_objects_as_json_with_run_lengths(make_encoder: Callable[..., Any], photos: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"size": 64, "channels": 16, "hidden": 32, "rois": 16, "anchors": 4.0, "scale": (1, 1)}
-    save(Detector(make_encoder(), DetectConfig(**options), ["a", "b"], True).eval(), tmp_path / "run")
+    save(outspoken(Detector(make_encoder(), DetectConfig(**options), ["a", "b"], True)).eval(), tmp_path / "run")
     predict(tmp_path / "run", [photos / "0.png"], tmp_path / "out", ["min_score=0.3", "detections=4"])
     content = json.loads((tmp_path / "out/0.json").read_text())
     expected = transfer.load(tmp_path / "run").predict([pixels(photos / "0.png")])[0]

@@ -12,7 +12,6 @@ import dense_made as made
 import numpy as np
 import pytest
 from PIL import Image
-from processes import run_cutline
 
 from cutline.errors import DataError
 from cutline.record import Result
@@ -108,10 +107,10 @@ def test_each_trains_and_scores(tmp_path: Path, kind: str, encoder: Any) -> None
 @pytest.mark.parametrize(
     ("task", "kind", "options"), [("segment", "ade20k", ["aux=0.4"]), ("depth", "kitti", ["split=test", "cutdepth=1"])]
 )
-def test_by_the_command(tmp_path: Path, task: str, kind: str, options: list[str]) -> None:
+def test_by_the_command(here: Any, tmp_path: Path, task: str, kind: str, options: list[str]) -> None:
     spec, _ = made.make(kind, tmp_path / "data")
     where = ["--encoder", "scratch:vit-tiny-64", "--data", spec, "--out", str(tmp_path / "run")]
-    done = run_cutline("transfer", task, *where, "steps=2", "batch=2", "channels=64", *options)
+    done = here("transfer", task, *where, "steps=2", "batch=2", "channels=64", *options)
     assert done.returncode == 0, done.stderr
     assert Result.read(tmp_path / "run").protocol.data == spec
 
