@@ -44,10 +44,10 @@ def test_user_errors_are_one_message_and_exit_code_1(here, tmp_path, monkeypatch
 
 
 def test_an_error_of_the_command_has_no_traceback_unless_asked_for(tmp_path):
-    done = run_cutline("train", "no-such.yaml", cwd=tmp_path)
+    done = run_cutline("pairs", "info", "no-such.lance", cwd=tmp_path)
     assert done.returncode == 1
     assert "Traceback" not in done.stderr
-    assert "Traceback" in run_cutline("--debug", "train", "no-such.yaml").stderr
+    assert "Traceback" in run_cutline("--debug", "pairs", "info", "no-such.lance", cwd=tmp_path).stderr
 
 
 def test_scores_of_other_options_are_kept_apart(here, tmp_path, monkeypatch):

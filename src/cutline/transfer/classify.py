@@ -269,11 +269,4 @@ def classify(
             shares.max(1).tolist(),
         )
 
-    return run(
-        config.device,
-        lambda: fit(encoder, opened, config, out, resume),
-        lambda model: score(model, opened),
-        draw,
-        out,
-        resume,
-    )
+    return run(fit, score, draw, encoder, opened, config, out, resume)

@@ -218,11 +218,4 @@ def depth(
         samples = shown(model.config, opened)
         depth_grid(path, samples, model.predict([s.image for s in samples]), model.config.top)
 
-    return run(
-        config.device,
-        lambda: fit(encoder, opened, config, out, resume),
-        lambda model: score(model, opened),
-        draw,
-        out,
-        resume,
-    )
+    return run(fit, score, draw, encoder, opened, config, out, resume)

@@ -171,11 +171,4 @@ def detect(
         samples = shown(model.config, opened)
         object_grid(path, samples, model.predict([s.image for s in samples]), model.classes)
 
-    return run(
-        config.device,
-        lambda: fit(encoder, opened, config, out, resume),
-        lambda model: score(model, opened),
-        draw,
-        out,
-        resume,
-    )
+    return run(fit, score, draw, encoder, opened, config, out, resume)

@@ -67,10 +67,12 @@ def finished(
 
 
 def run(
-    device: str,
-    fit: Callable[[], M],
-    score: Callable[[M], Result],
+    fit: Callable[[Any, DenseData, Any, Path | None, bool], M],
+    score: Callable[[M, DenseData], Result],
     draw: Callable[[M, Path], None],
+    encoder: Any,
+    data: DenseData,
+    config: TransferConfig,
     out: Path | None,
     resume: bool,
 ) -> Result:
@@ -81,17 +83,17 @@ def run(
     and scoring.
     """
     begun = time.monotonic()
-    with process_group(device):
+    with process_group(config.device):
         first = world()[0] == 0
         if out is not None and first and not resume:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
             for name in ("result.json", "metrics.jsonl"):
                 (out / name).unlink(missing_ok=True)
         barrier()
-        model = fit()
+        model = fit(encoder, data, config, out, resume)
         if out is not None and first:
             save(model, out / "model")  # before scoring, which bad pictures may stop
-        result = score(model).model_copy(update={"seconds": time.monotonic() - begun})
+        result = score(model, data).model_copy(update={"seconds": time.monotonic() - begun})
         if out is not None and first:
             draw(model, out / "samples.png")
             result.write(out)

@@ -155,11 +155,4 @@ def segment(
         samples = shown(model.config, opened)
         class_grid(path, samples, model.predict([s.image for s in samples]), model.classes)
 
-    return run(
-        config.device,
-        lambda: fit(encoder, opened, config, out, resume),
-        lambda model: score(model, opened),
-        draw,
-        out,
-        resume,
-    )
+    return run(fit, score, draw, encoder, opened, config, out, resume)
