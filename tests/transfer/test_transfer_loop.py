@@ -11,6 +11,7 @@ import torch
 from processes import LEAVE, on_two_processes
 from torch.autograd.graph import saved_tensors_hooks
 
+from cutline.config import check
 from cutline.config import load as load_config
 from cutline.errors import ConfigError, CutlineError, TrainingError
 from cutline.record import Result
@@ -19,6 +20,7 @@ from cutline.transfer import batches, loop
 from cutline.transfer.average_precision import AveragePrecision
 from cutline.transfer.classify import ClassifyConfig, classify
 from cutline.transfer.data import open_data
+from cutline.transfer.depth import DepthConfig, depth
 from cutline.transfer.detect import DetectConfig
 from cutline.transfer.detect import fit as fit_objects
 from cutline.transfer.metrics import Confusion, DepthErrors, Hits
@@ -310,3 +312,15 @@ def test_processes_shares_make_up_the_batch(folder: Callable[..., Path], monkeyp
     assert torch.equal(torch.cat([p.images for p in parts]), whole.images)
     assert torch.equal(torch.cat([p.targets for p in parts]), whole.targets)
     assert [k for p in parts for k in p.keys] == whole.keys
+
+
+def test_the_protocol_keeps_options_of_the_data_apart_from_those_of_the_run(
+    folder: Callable[..., Path], encoder: Any
+) -> None:
+    """Both have a `scale`: metres of a stored unit, and the range of random enlargement."""
+    config = DepthConfig(**DENSE, scale=(0.8, 1.25))
+    settings = depth(encoder, f"folder:{folder()},scale=0.001", config).protocol.settings
+    assert settings["scale"] == [0.8, 1.25]
+    assert settings["data"] == {"scale": 0.001}
+    with pytest.raises(ConfigError, match="a frozen encoder keeps no activations"):
+        check(SegmentConfig, {"frozen": True, "grad_checkpointing": True})

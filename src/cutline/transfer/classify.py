@@ -41,7 +41,7 @@ LR, LR_FROZEN = 6e-4, 3e-3
 SHOWN = 12  # pictures in samples.png
 TRAINING = (
     "steps", "lr", "weight_decay", "layer_decay", "drop_path", "warmup", "schedule", "power", "clip", "ema", "flip", "scale",
-    "operations", "magnitude", "smoothing",
+    "operations", "magnitude", "smoothing", "grad_checkpointing", "save_every",
 )  # fmt: skip
 VOTING = ("k", "temperature")
 

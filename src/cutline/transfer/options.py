@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from cutline.config import Config
 from cutline.errors import ConfigError
@@ -61,6 +61,12 @@ class TransferConfig(Config):
         if value is not None and (value <= 0 or (isinstance(value, float) and value >= 1)):
             raise ValueError("a number of pictures (at least 1) or a share between 0 and 1")
         return value
+
+    @model_validator(mode="after")
+    def _activations(self) -> "TransferConfig":
+        if self.frozen and self.grad_checkpointing:
+            raise ValueError("a frozen encoder keeps no activations: leave grad_checkpointing or frozen out")
+        return self
 
 
 class DenseConfig(TransferConfig):

@@ -55,7 +55,7 @@ def protocol(
         data=data.spec,
         data_fingerprint=data.fingerprint,
         split=config.split,
-        settings={**values, **data.notes, **counts, **settings},
+        settings={**values, **({"data": data.notes} if data.notes else {}), **counts, **settings},
         encoder=model.source,
         encoder_hash=model.source_hash,
         seed=config.seed,
