@@ -33,6 +33,12 @@ def real_data() -> Path:
     return REAL
 
 
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text embeddings that one test keeps are not what another finds."""
+    monkeypatch.setenv("CUTLINE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def here(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Done]:
     """Runs the command line in this process, without the seconds that its imports take in one of its own."""

@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from cutline import cli_captions
+from cutline import cli_captions, cli_zeroshot
+from cutline.cli_output import done, folder_for, scored, show
 from cutline.errors import ConfigError, CutlineError
 
 app = typer.Typer(
@@ -16,13 +17,12 @@ app = typer.Typer(
 )  # fmt: skip
 pairs_app = typer.Typer(no_args_is_help=True, help="Make, look at, check and export a table of pairs.")
 transfer_app = typer.Typer(no_args_is_help=True, help="Move an encoder to a task and score it.")
-zeroshot_app = typer.Typer(no_args_is_help=True, help="Score an image–text model without labels.")
 app.add_typer(pairs_app, name="pairs")
 app.add_typer(cli_captions.app, name="caption")
 app.command("reinforce")(cli_captions.reinforce)
 app.command("label")(cli_captions.label)
 app.add_typer(transfer_app, name="transfer")
-app.add_typer(zeroshot_app, name="zeroshot")
+app.add_typer(cli_zeroshot.app, name="zeroshot")
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Overrides of the config, key=value.")]
 Encoder = Annotated[str, typer.Option(help="A run directory, name:pretrained of open_clip, a timm name, or hf-hub:…")]
@@ -77,7 +77,7 @@ def _study(plan: Any, out: Path, only: str | None, report_only: bool = False) ->
     print_table(plan, out)
     page = write_report(plan, out)
     trained = next((a for a, o in reversed(plan.arms.items()) if o is not None), None)
-    _done(page, f"open {page}")
+    done(page, f"open {page}")
     if trained is not None:
         from cutline.study.runner import Cell
 
@@ -102,7 +102,7 @@ def scenes(
     from cutline.scenes.write import write_pairs
 
     write_pairs(parse_spec(f"scenes:n={n},size={size},seed={seed},mix={mix},objects={objects}"), out, labels)
-    _done(out, f"cutline pairs info {out}")
+    done(out, f"cutline pairs info {out}")
 
 
 @app.command()
@@ -122,7 +122,7 @@ def train(
     if os.environ.get("RANK", "0") == "0":
         joint = {"contrastive", "sigmoid"} & loaded.objective_configs().keys()
         then = f"zeroshot retrieve --model {folder} --data {loaded.data.pairs}"
-        _done(folder, f"cutline {then if joint else f'transfer segment --encoder {folder} --data SPEC'}")
+        done(folder, f"cutline {then if joint else f'transfer segment --encoder {folder} --data SPEC'}")
 
 
 def _transfer(task: Any, measures: str) -> None:
@@ -156,14 +156,14 @@ def _transfer(task: Any, measures: str) -> None:
         from cutline.transfer.sweep import sweep as run_sweep
 
         tried = [] if sweep is None else [f"sweep {sweep}"]
-        folder = out or _folder(encoder, task, data, [*(overrides or []), *tried], recipe)
+        folder = out or folder_for(encoder, task, data, [*(overrides or []), *tried], recipe)
         config = load(config_of(task), recipe, list(overrides or []))
         if sweep is None:
             result = transfer(task, encoder, data, config, folder, resume)
         else:
             result = run_sweep(task, encoder, data, config, folder, parse_rates(sweep), resume)
         if os.environ.get("RANK", "0") == "0":
-            _scored(result, folder, f"cutline transfer {task} --encoder {folder} --predict PICTURE")
+            scored(result, folder, f"cutline transfer {task} --encoder {folder} --predict PICTURE")
 
 
 _transfer("segment", "Semantic segmentation: mIoU, mAcc, pixel accuracy.")
@@ -177,7 +177,7 @@ def _predict(task: str, run: str, pictures: list[Path], overrides: list[str] | N
 
     report = predict(run, pictures, out, list(overrides or []), task)
     print(f"Pictures predicted: {len(report.written):,}")
-    _done(report.folder)
+    done(report.folder)
 
 
 @app.command()
@@ -199,34 +199,7 @@ def export(
         if isinstance(said, dict) and "largest_difference" in said:
             share = said["largest_difference"]
             print(f"{name}: differs by {share:.1e} of its largest value (at most {TOLERANCE:g} is let through).")
-    _done(out)
-
-
-@zeroshot_app.command()
-def retrieve(
-    model: Annotated[str, typer.Option(help="A run directory, name:pretrained of open_clip, or hf-hub:…")],
-    data: Annotated[str, typer.Option(help="A table of pairs, or scenes:…")],
-    overrides: Overrides = None,
-    out: Out = None,
-) -> None:
-    """Find the picture of a text and the text of a picture: recall at 1, 5, 10 both ways."""
-    from cutline.config import load
-    from cutline.train.stream import open_source
-    from cutline.zeroshot.retrieve import RetrieveConfig, held_out
-    from cutline.zeroshot.retrieve import retrieve as run
-
-    config = load(RetrieveConfig, None, list(overrides or []))
-    if config.where is None:
-        seen, config.where = held_out(model, data)
-        if config.where:
-            print(f"Scoring only pairs that the model was not trained on: where {config.where}", file=sys.stderr)
-        elif seen:
-            print(
-                "The model was trained on these very pairs: the scores say how well it learnt them, no more.",
-                file=sys.stderr,
-            )
-    folder = out or _folder(model, "retrieve", data, overrides)
-    _scored(run(model, open_source(data, config.where), config, data, folder), folder)
+    done(out)
 
 
 @pairs_app.command("create")
@@ -261,8 +234,8 @@ def pairs_create(
         prefix_keys=prefix_keys,
         max_bad=max_bad,
     )
-    _print(report)
-    _done(out, f"cutline pairs check {out}")
+    show(report)
+    done(out, f"cutline pairs check {out}")
 
 
 @pairs_app.command("info")
@@ -270,7 +243,7 @@ def pairs_info(pairs: Annotated[Path, typer.Argument(help="A table of pairs.")])
     """Rows, columns, where each column comes from, versions."""
     from cutline.pairs import Pairs
 
-    _print(Pairs.open(pairs, unfinished=True).info())
+    show(Pairs.open(pairs, unfinished=True).info())
 
 
 @pairs_app.command("check")
@@ -278,7 +251,7 @@ def pairs_check(pairs: Annotated[Path, typer.Argument(help="A table of pairs.")]
     """Decode every picture and look at every text; report what is broken."""
     from cutline.pairs import Pairs, check
 
-    _print(check(Pairs.open(pairs)))
+    show(check(Pairs.open(pairs)))
 
 
 @pairs_app.command("export")
@@ -291,8 +264,8 @@ def pairs_export(
     """Write a table back as webdataset tars or parquet files."""
     from cutline.pairs import Pairs, export
 
-    _print(export(Pairs.open(pairs, where=where), out, format=format))
-    _done(out)
+    show(export(Pairs.open(pairs, where=where), out, format=format))
+    done(out)
 
 
 def _named(items: list[str] | None) -> dict[str, str]:
@@ -302,41 +275,6 @@ def _named(items: list[str] | None) -> dict[str, str]:
                 f"--field {item!r} is not of the form NAME=FIELD, for example --field licence=json:license."
             )
     return dict(item.split("=", 1) for item in items or [])
-
-
-def _folder(model: str, task: str, data: str, overrides: list[str] | None, recipe: Path | None = None) -> Path:
-    """Beside the run's own files, or under `runs/` for a model from elsewhere; one for each choice of options."""
-    from cutline.record import fingerprint
-    from cutline.study.plan import slug
-
-    base = Path(model) if Path(model).is_dir() else Path("runs") / slug(model)
-    options = f"-{recipe.stem}" if recipe else ""
-    options += f"-{fingerprint(sorted(overrides))[:6]}" if overrides else ""
-    return base / f"{task}-{slug(data)[-60:].lstrip('-')}{options}"
-
-
-def _print(thing: Any) -> None:
-    from rich.console import Console
-
-    Console().print(thing)
-
-
-def _scored(result: Any, folder: Path, then: str = "") -> None:
-    from rich.table import Table
-
-    table = Table(
-        "metric", "value", title=f"{result.protocol.task} on {result.protocol.data} ({result.protocol.split})"
-    )
-    for name, value in result.metrics.items():
-        table.add_row(name, f"{value:,.4g}")
-    _print(table)
-    _done(folder, then)
-
-
-def _done(path: Path, then: str = "") -> None:
-    print(f"Written: {path}")
-    if then:
-        print(f"Next: {then}")
 
 
 def main() -> None:

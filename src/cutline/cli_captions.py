@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cutline.cli_output import done, show
 from cutline.errors import ConfigError
 
 app = typer.Typer(no_args_is_help=True, help="Better captions: train a captioner, write, fuse, score, select, import.")
@@ -85,7 +86,7 @@ def train(
     else:
         raise ConfigError(f"--on {on!r} is neither local nor ray.")
     _scores(result)
-    _done(out, f"cutline caption write {pairs} --with {out} --as caption_ours")
+    done(out, f"cutline caption write {pairs} --with {out} --as caption_ours")
 
 
 def _train(pairs: str, source: str, out: Path, config: Any, resume: bool) -> Any:
@@ -101,7 +102,7 @@ def _scores(result: Any) -> None:
     table = Table("held-out captions", "value")
     for name, value in result.metrics.items():
         table.add_row(name, f"{value:,.4g}")
-    _print(table)
+    show(table)
 
 
 @app.command()
@@ -175,13 +176,13 @@ def score(
     config = check(ScoreConfig, apply(values, overrides or [], ScoreConfig), given=overrides or [])
     table, reports = make(Pairs.open(pairs, where), config, prefix, run, say=_say)
     for report in reports:
-        _print(report)
+        show(report)
     if run.estimate and reports:
         return
     out = out or pairs.with_name(f"{pairs.stem}-{prefix}")
-    _print(summarise(table, column, prefix, out))
+    show(summarise(table, column, prefix, out))
     rule = f"top-fraction --by {prefix}_clip --fraction 0.3" if model else f"where --where '{prefix}_repetition < 0.2'"
-    _done(out, f"cutline caption select {pairs} --columns {column} --rule {rule} --as caption_train")
+    done(out, f"cutline caption select {pairs} --columns {column} --rule {rule} --as caption_train")
 
 
 @app.command()
@@ -239,9 +240,9 @@ def import_(
     from cutline.captions.imports import import_captions
     from cutline.pairs import Pairs
 
-    _print(import_captions(Pairs.open(pairs), files, by, field, column, id_field))
+    show(import_captions(Pairs.open(pairs), files, by, field, column, id_field))
     _sample(Pairs.open(pairs), column)
-    _done(pairs, f"cutline caption score {pairs} --column {column} --as score")
+    done(pairs, f"cutline caption score {pairs} --column {column} --as score")
 
 
 @over_rows(batch=32)
@@ -281,7 +282,7 @@ def reinforce(
             {"teachers": [t.model_dump() for t in parse_teachers(teachers)]} if teachers else {}
         )
         work = import_work(table, check(ImportConfig, apply(values, given, ImportConfig), given=given), name)
-        _print(work.shards)
+        show(work.shards)
         if "max_bad" not in run.model_fields_set:
             run = run.model_copy(update={"max_bad": 1.0})  # rows that are not in the shards have no value
     elif teachers:
@@ -291,7 +292,7 @@ def reinforce(
         raise ConfigError("give --teachers A,B to embed with, or --import 'SHARDS/*.tar' to take what is published.")
     table, report = engine.run(table, work, name, run, say=_say)
     if _report(table, report, run, sample=False):
-        _done(pairs, f"cutline train RECIPE.yaml data.pairs={pairs} data.replay={name}")
+        done(pairs, f"cutline train RECIPE.yaml data.pairs={pairs} data.replay={name}")
 
 
 @over_rows(batch=16)
@@ -318,7 +319,7 @@ def label(
     if _report(table, report, run, sample=False):
         lines, option = summary(table, column)
         print("\n".join(lines))
-        _done(pairs, f"cutline train RECIPE.yaml data.pairs={pairs} {option}")
+        done(pairs, f"cutline train RECIPE.yaml data.pairs={pairs} {option}")
 
 
 def _run(pairs: Path, work: Any, name: str, run: Any, where: str | None) -> None:
@@ -331,14 +332,14 @@ def _run(pairs: Path, work: Any, name: str, run: Any, where: str | None) -> None
 
 def _report(table: Any, report: Any, run: Any, sample: bool = True) -> bool:
     """What was done; whether the columns are there now. sample: with some texts, and what to do next."""
-    _print(report)
+    show(report)
     if run.estimate and not set(report.columns) <= set(table.columns):
         print("What was made is kept: the same command without --estimate goes on from it.")
         return False
     if sample:
         for column in report.columns:
             _sample(table, column)
-        _done(Path(table.path), f"cutline pairs info {table.path}")
+        done(Path(table.path), f"cutline pairs info {table.path}")
     return True
 
 
@@ -362,14 +363,3 @@ def _split(names: str) -> list[str]:
 
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
-
-
-def _print(thing: Any) -> None:
-    from rich.console import Console
-
-    Console().print(thing)
-
-
-def _done(path: Path, then: str) -> None:
-    print(f"Written: {path}")
-    print(f"Next: {then}")
