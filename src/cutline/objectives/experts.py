@@ -130,7 +130,8 @@ class Objective(base.Objective):
         rows, ids = said.permute(0, 2, 3, 1).flatten(0, 2), ids.long().flatten()  # classes last, as they lie in memory
         there = ids >= 0
         loss = F.cross_entropy(rows, ids, ignore_index=-1, reduction="sum")
-        self.logged["accuracy"] = _share(rows.detach().argmax(1) == ids, there)
+        own = rows.detach().gather(1, ids.clamp(min=0)[:, None])[:, 0]
+        self.logged["accuracy"] = _share(own >= rows.detach().amax(1), there)  # a fifth of the time of argmax on a CPU
         return _mean(loss, there)
 
     def _depth(self, said: Tensor, depth: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class Objective(base.Objective):
             loss = (said - told.gather(1, wide(masked, said))).square().mean()
             self.logged = spread(seen[:, self._encoder[0].prefix :].mean(1))
             if len(images) > 1:
-                self.logged["explained"] = 1 - loss.detach() / told.var(0).mean().clamp(min=EPS)
+                self.logged["explained"] = 1 - loss.detach() / _variance(told, 0).mean().clamp(min=EPS)
         return {"pixels": loss}
 
     def order(self, pictures: int, device: torch.device) -> Tensor:
@@ -164,7 +164,12 @@ def patchify(images: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
 def normalised(patches: Tensor) -> Tensor:
     """(B, N, n): each patch with mean 0 and (unbiased) variance 1; an even one is 0."""
     patches = widen(patches)
-    return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + EPS).sqrt()
+    return (patches - patches.mean(-1, keepdim=True)) / (_variance(patches, -1) + EPS).sqrt()
+
+
+def _variance(x: Tensor, dim: int) -> Tensor:
+    """The unbiased variance along `dim`, which stays; `Tensor.var` takes ten times as long on a CPU."""
+    return (x - x.mean(dim, keepdim=True)).square().sum(dim, keepdim=True) / (x.shape[dim] - 1)
 
 
 def wide(places: Tensor, like: Tensor) -> Tensor:
