@@ -25,7 +25,7 @@ from cutline.transfer.data import Sample, Split, labelled, open_data
 from cutline.transfer.metrics import Hits
 from cutline.transfer.probes import AttentiveProbe, NeighbourProbe
 from cutline.transfer.store import load
-from cutline.transfer.views import Square, Views
+from cutline.transfer.views import Square, Views, erased
 
 QUICK: dict[str, Any] = {"steps": 8, "batch": 6, "lr": 3e-3, "layer_decay": 1.0}
 Make = Callable[..., Path]
@@ -183,6 +183,29 @@ def test_a_training_view_depends_on_seed_and_step_alone() -> None:
     assert made[3].targets.tolist() == [int(k) for k in again.keys]
     assert made[3].images.shape == (4, 3, 32, 32)
     assert not views(scale=(0.3, 1)).whole
+
+
+def test_erasing_fills_a_rectangle_with_noise_of_the_given_colour() -> None:
+    view, shares = np.full((3, 200, 200), 7, np.uint8), []
+    for seed in range(40):
+        found = erased(view, (0.2, 0.5, 0.8), (0.1, 0.05, 0.05), np.random.default_rng(seed))
+        changed = (found != view).any(0)
+        rows, columns = changed.any(1).nonzero()[0], changed.any(0).nonzero()[0]
+        inside = found[:, rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1] / 255
+        shares.append(inside[0].size / changed.size)
+        assert inside.mean((1, 2)) == pytest.approx([0.2, 0.5, 0.8], abs=0.02)
+        assert inside.std((1, 2)) == pytest.approx([0.1, 0.05, 0.05], abs=0.02)
+        assert changed.sum() > 0.98 * inside[0].size  # nothing outside it
+    assert 0.02 <= min(shares) < 0.08
+    assert 0.25 < max(shares) <= 0.34
+    assert (view == 7).all()
+
+
+def test_a_share_of_the_training_views_is_erased() -> None:
+    plain, some = list(views().iterate(0, 40)), list(views(erase=0.25).iterate(0, 40))
+    changed = [(a != b).any() for x, y in zip(plain, some) for a, b in zip(x.images, y.images)]
+    assert 0.15 < np.mean(changed) < 0.35
+    assert not views(erase=0.25).whole
 
 
 def test_whole_views_are_the_test_view_or_its_mirror_image() -> None:

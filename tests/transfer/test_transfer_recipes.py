@@ -25,7 +25,7 @@ from cutline.transfer.segment import SegmentConfig, Segmenter
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "transfer"
 CONFIGS: dict[str, type[TransferConfig]] = {
-    "ade20k": SegmentConfig, "nyuv2": DepthConfig, "kitti": DepthConfig, "coco": DetectConfig, "imagenet": ClassifyConfig,
+    "ade20k": SegmentConfig, "voc": SegmentConfig, "nyuv2": DepthConfig, "kitti": DepthConfig, "coco": DetectConfig, "imagenet": ClassifyConfig,
 }  # fmt: skip
 VIT, MCI2, SWIN, RESNET = "vit_base_patch16_224", "fastvit_mci2", "swin_tiny_patch4_window7_224", "resnet50"
 

@@ -41,7 +41,7 @@ LR, LR_FROZEN = 6e-4, 3e-3
 SHOWN = 12  # pictures in samples.png
 TRAINING = (
     "steps", "lr", "weight_decay", "layer_decay", "drop_path", "warmup", "schedule", "power", "clip", "ema", "flip", "scale",
-    "operations", "magnitude", "smoothing", "grad_checkpointing", "save_every",
+    "operations", "magnitude", "erase", "smoothing", "grad_checkpointing", "save_every",
 )  # fmt: skip
 VOTING = ("k", "temperature")
 
@@ -53,7 +53,8 @@ class ClassifyConfig(TransferConfig):
     encoder; or "knn", which trains nothing (`probes`). size: side of the pictures, default the encoder's own; short:
     short side before the central cut in test, default `size`. scale: range of the area that random crops keep in
     training, default [0.35, 1], and [1, 1] (the test view, mirrored or not) when frozen, whose features are then
-    computed once. lr: default 6e-4, and 3e-3 when frozen. operations, magnitude: of RandAugment. smoothing: of labels. k, temperature: of knn.
+    computed once. lr: default 6e-4, and 3e-3 when frozen. operations, magnitude: of RandAugment. erase: share of the
+    training views a part of which is noise. smoothing: of labels. k, temperature: of knn.
 
     The papers' settings (FT-CLIP, MAE's linear probe, DINO's k-NN) are recipes/transfer/imagenet-*.yaml.
     """
@@ -68,6 +69,7 @@ class ClassifyConfig(TransferConfig):
     scale: tuple[float, float] | None = None
     operations: int = Field(0, ge=0)
     magnitude: int = Field(9, ge=0, le=30)
+    erase: float = Field(0.0, ge=0, le=1)
     smoothing: float = Field(0.1, ge=0, lt=1)
     k: int = Field(20, ge=1)
     temperature: float = Field(0.07, gt=0)
@@ -169,7 +171,7 @@ def fit(
         scale = config.scale or WHOLE
         views = Views(
             prepared.split, prepared.rows, config.batch, config.seed, model.square, scale, config.flip,
-            config.operations, config.magnitude,
+            config.operations, config.magnitude, config.erase, (start.mean, start.std),
         )  # fmt: skip
         if config.head == "knn":
             _remember(model, views)
