@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from cutline.errors import CutlineError, DataError
-from cutline.transfer.data import Skip, labelled, open_data
+from cutline.transfer import data
+from cutline.transfer.data import Sample, Skip, Split, labelled, open_data
 from cutline.transfer.metrics import IGNORE
 
 Folder = Callable[..., Path]
@@ -218,6 +219,14 @@ def test_the_fingerprint_follows_the_contents(folder: Folder) -> None:
     assert open_data(f"folder:{root},ignore=1", "segment").fingerprint != before
     write(root / "val/masks/000.png", np.zeros((32, 32), np.uint8))
     assert open_data(f"folder:{root}", "segment").fingerprint != before
+
+
+def test_no_more_pictures_are_kept_than_the_bytes_for_them_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = np.zeros((10, 10, 3), np.uint8)
+    split = Split("val", [str(i) for i in range(50)], lambda i: Sample(str(i), picture, np.array(i)))
+    monkeypatch.setattr(data, "CACHE_BYTES", 3 * (picture.nbytes + 8))
+    assert [int(split.read(i).target) for i in range(50)] == list(range(50))
+    assert len(split._cache) == 3
 
 
 def test_scenes_keep_their_splits_apart() -> None:

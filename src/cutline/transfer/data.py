@@ -33,7 +33,7 @@ Task = Literal["segment", "depth", "classify", "detect"]
 KINDS = ("ade20k", "camvid", "cityscapes", "cocostuff", "context", "folder", "kitti", "nyuv2", "scenes", "voc")
 CLASS_KINDS = ("imagefolder", "webdataset", "pairs", "scenes")  # of "classify"
 OBJECTS = {"coco": "coco_boxes", "folder": "folder", "scenes": "scenes", "voc": "voc_boxes"}  # of "detect": modules
-CACHE_BYTES = 4 << 30  # decoded pictures of one split kept in memory
+CACHE_BYTES = 1 << 30  # decoded pictures of one split kept in memory, however many there are
 SKIP_SHARE = 0.1
 
 
