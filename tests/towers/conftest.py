@@ -37,6 +37,7 @@ KINDS: dict[str, Any] = {
     "mci1": "scratch:fastvit_mci1",
     "mci2": "scratch:fastvit_mci2",
     "convnext": "scratch:convnext_atto",
+    "poolformer": "scratch:poolformer_s12",
     "swin": "scratch:swin_tiny_patch4_window7_224",
 }
 

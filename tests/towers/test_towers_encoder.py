@@ -13,7 +13,7 @@ from cutline.towers.vit import even_taps
 
 
 def is_hierarchical(kind):
-    return kind.startswith(("resnet", "mci", "convnext", "swin"))
+    return kind.startswith(("resnet", "mci", "convnext", "poolformer", "swin"))
 
 
 def pictures(*shape):

@@ -20,6 +20,11 @@ from cutline.towers.droppath import set_drop_path
 from cutline.towers.model import Model
 
 TAPS = 4  # maps of a plain ViT, as UPerNet and the pyramids want
+# Layers of a timm trunk that groups none itself (MetaFormer: PoolFormer, CAFormer, …), as timm groups ConvNeXt's.
+STAGES = {
+    "stem": r"^stem",
+    "blocks": [(r"^stages\.(\d+)\.downsample", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)],
+}
 
 
 class Encoder(nn.Module):
@@ -168,9 +173,10 @@ def trunk_layers(trunk: Any, names: list[str]) -> tuple[dict[str, int], int]:
     """
     from timm.models._manipulate import group_with_matcher
 
+    matcher = trunk.group_matcher(coarse=False) if hasattr(trunk, "group_matcher") else STAGES
     # The added name matches nothing, so its group is the one behind the last block.
     objects = [(n, None) for n in [*names, "\0after"]]
-    layers = group_with_matcher(iter(objects), trunk.group_matcher(coarse=False), reverse=True)
+    layers = group_with_matcher(iter(objects), matcher, reverse=True)
     last = layers.pop("\0after") - 1
     return {n: min(layer, last) for n, layer in layers.items()}, last
 
