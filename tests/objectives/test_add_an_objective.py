@@ -67,6 +67,7 @@ def test_a_wrong_option_is_named(house, monkeypatch):
     assert "did you mean 'margin'" in done.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_train_it_like_one(house, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(house))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
