@@ -24,7 +24,6 @@ def retrieve(
 ) -> None:
     """Find the picture of a text and the text of a picture: recall at 1, 5, 10 both ways."""
     from cutline.config import load
-    from cutline.train.stream import open_source
     from cutline.zeroshot.retrieve import RetrieveConfig, held_out
     from cutline.zeroshot.retrieve import retrieve as run
 
@@ -39,7 +38,7 @@ def retrieve(
                 file=sys.stderr,
             )
     folder = out or folder_for(model, "retrieve", data, overrides)
-    scored(run(model, open_source(data, config.where), config, data, folder), folder)
+    scored(run(model, data, config, out=folder), folder)
 
 
 @app.command()

@@ -122,7 +122,7 @@ def classify(
                 "skipped": len(bad), **({"data": opened.notes} if opened.notes else {})}  # fmt: skip
     protocol = Protocol(
         task="zeroshot classify", data=opened.spec, data_fingerprint=opened.fingerprint, split=split.name,
-        settings=settings, encoder=loaded.name, encoder_hash=weights_hash(loaded),
+        settings=settings, encoder=loaded.name or "model", encoder_hash=weights_hash(loaded),
     )  # fmt: skip
     per_class = {"accuracy": {name: value for name, value in accuracy if value == value}}  # NaN: no picture of it
     result = Result(metrics=metrics, protocol=protocol, per_class=per_class, seconds=time.monotonic() - began)
