@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from cutline.cli_output import folder_for, scored
+from cutline.cli_output import done, folder_for, scored
 
 app = typer.Typer(no_args_is_help=True, help="What an image–text model knows without labels.")
 
@@ -24,7 +24,6 @@ def retrieve(
 ) -> None:
     """Find the picture of a text and the text of a picture: recall at 1, 5, 10 both ways."""
     from cutline.config import load
-    from cutline.train.stream import open_source
     from cutline.zeroshot.retrieve import RetrieveConfig, held_out
     from cutline.zeroshot.retrieve import retrieve as run
 
@@ -39,4 +38,36 @@ def retrieve(
                 file=sys.stderr,
             )
     folder = out or folder_for(model, "retrieve", data, overrides)
-    scored(run(model, open_source(data, config.where), config, data, folder), folder)
+    scored(run(model, data, config, out=folder), folder)
+
+
+@app.command()
+def classify(
+    model: Model,
+    data: Annotated[str | None, typer.Option(help="Pictures with a class each: kind:path.")] = None,
+    picture: Annotated[Path | None, typer.Option(help="Instead of --data: one picture, with --classes.")] = None,
+    classes: Annotated[str | None, typer.Option(help="'a red apple; grass, lawn; sky', or a file of one a line.")] = None,
+    overrides: Overrides = None,
+    out: Out = None,
+) -> None:
+    """The class of a picture by the names of the classes alone: top-1, top-5, mean class accuracy."""
+    from cutline.config import load
+    from cutline.errors import ConfigError
+    from cutline.zeroshot.classify import ClassifyConfig, name_picture
+    from cutline.zeroshot.classify import classify as run
+
+    config = load(ClassifyConfig, None, list(overrides or []))
+    if (data is None) == (picture is None) or (picture is None) != (classes is None):
+        raise ConfigError("give --data KIND:PATH to score, or --picture PICTURE with --classes 'a; b; c', and not both.")
+    if data is not None:
+        folder = out or folder_for(model, "zeroshot-classify", data, overrides)
+        return scored(run(model, data, config, folder), folder)
+    assert picture is not None
+    assert classes is not None
+    given = config.model_fields_set - {"prompts", "device"}
+    if given:
+        raise ConfigError(f"{', '.join(sorted(given))} is of --data: one picture takes prompts= and device= alone.")
+    folder = out or folder_for(model, "zeroshot-classify", str(picture), overrides)
+    for name, share in list(name_picture(model, picture, classes, config, folder).items())[:5]:
+        print(f"{share:6.1%}  {name}")
+    done(folder / f"{picture.stem}.png")

@@ -24,7 +24,7 @@ PERFECT = [[0, 0, .1, .5, .1, .2, .5, .1], [.5, .4, 0, 0, .4, .2, .6, .4],
 
 
 def recalls(distances: list[list[float]]) -> dict[str, float]:
-    return recall(-torch.tensor(distances), torch.eye(8), OWNERS, chunk=3)
+    return recall(-torch.tensor(distances), torch.eye(8), OWNERS, cells=24)
 
 
 def test_image_to_text_equals_the_reference():
@@ -59,7 +59,7 @@ def test_any_hit_recall_equals_a_plain_loop(seed, n, most):
     owners = np.repeat(np.arange(n), rng.integers(1, most + 1, n))
     image, text = rng.standard_normal((n, 5)), rng.standard_normal((len(owners), 5))
     sim = image @ text.T
-    got = recall(torch.tensor(image), torch.tensor(text), torch.tensor(owners), ks=(1, 3), chunk=2)
+    got = recall(torch.tensor(image), torch.tensor(text), torch.tensor(owners), ks=(1, 3), cells=7)
     for k in (1, 3):
         hits = [any(owners[j] == i for j in np.argsort(-sim[i])[:k]) for i in range(n)]
         assert got[f"i2t_r{k}"] == pytest.approx(np.mean(hits))

@@ -1,13 +1,14 @@
 """Pictures with one class each: what the kinds of data have in common, and what is refused in all of them.
 
-A kind finds `Pictures` for each part and a list of class names; `class_data` makes a data set of them. Its fingerprint
+A kind finds `Pictures` for each part and a list of class names; `class_data` makes a data set of them, for "classify"
+or, of any one part and more, for "zeroshot". Its fingerprint
 is of keys, classes, lengths and last bytes of all pictures (as a table of pairs', see `pairs.content`), so that a
 million of them are not read through.
 """
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,19 +18,19 @@ from numpy.typing import NDArray
 from cutline.errors import DataError
 from cutline.pairs.decode import BadPicture, decode
 from cutline.record import fingerprint
-from cutline.transfer.data import DenseData, Sample, Skip, Split
+from cutline.transfer.data import DenseData, Sample, Skip, Split, Task
 
 PARTS = ("train", "val", "test")
 
 
 @dataclass
 class Pictures:
-    """One part. labels (N,): class ids, -1 where `problems` has the row; read: a row's encoded bytes, or raises `Skip`;
-    marks: what tells the contents of each picture from another's."""
+    """One part. labels (N,): class ids, -1 where `problems` has the row; read: a row's encoded bytes or its pixels, or
+    raises `Skip`; marks: what tells the contents of each picture from another's."""
 
     keys: list[str]
     labels: NDArray[np.int64]
-    read: Callable[[int], bytes]
+    read: Callable[[int], bytes | NDArray[np.uint8]]
     marks: Sequence[Any]
     problems: dict[int, Skip] = field(default_factory=dict)
 
@@ -41,10 +42,22 @@ class Pictures:
         )  # fmt: skip
 
 
+def scored_parts(parts: Iterable[str], task: Task) -> list[str]:
+    """The parts that a task needs of those there are: for "zeroshot" train only where it is the only one."""
+    found = [name for name in PARTS if name in set(parts)]
+    return [name for name in found if name != "train"] or found if task == "zeroshot" else found
+
+
 def class_data(
-    spec: str, parts: dict[str, Pictures], classes: Sequence[str], val: float | None, notes: dict[str, Any]
+    spec: str,
+    task: Task,
+    parts: dict[str, Pictures],
+    classes: Sequence[str],
+    val: float | None,
+    notes: dict[str, Any],
+    prompts: Sequence[str] = (),
 ) -> DenseData:
-    """A data set for "classify" of parts "train" and "val", "test" or both.
+    """A data set for "classify" of parts "train" and "val", "test" or both; or for "zeroshot", as they are.
 
     val: the share of train that is held out as "val" by its keys. Raises `DataError` for a part without a picture, a
     class that train has no picture of and another part has, and a train with fewer than two classes.
@@ -57,12 +70,16 @@ def class_data(
     for name, part in parts.items():
         if not (part.labels >= 0).any():
             raise DataError(f"{spec} has no picture with a class in {name}.")
+    if task == "zeroshot":
+        contents = fingerprint(list(classes), notes, {n: [p.keys, p.labels.tolist(), p.marks] for n, p in parts.items()})
+        splits = {name: _split(name, part) for name, part in parts.items()}
+        return DenseData(task, spec, splits, list(classes), contents, notes=notes, prompts=list(prompts))
     if len(parts) == 1:
         raise DataError(
             f"{spec} has nothing to score on: beside train it needs val or test. Or hold a tenth of train out by adding "
             "',val=0.1' to the data."
         )
-    classes = _apart(classes)
+    classes = apart(classes)
     _check_classes(spec, parts, classes)
     contents = fingerprint(classes, notes, {n: [p.keys, p.labels.tolist(), p.marks] for n, p in parts.items()})
     splits = {name: _split(name, parts[name]) for name in PARTS if name in parts}
@@ -102,7 +119,7 @@ def val_share(spec: str, options: dict[str, str]) -> float | None:
     return share
 
 
-def _apart(names: Sequence[str]) -> list[str]:
+def apart(names: Sequence[str]) -> list[str]:
     """Names that occur twice (ImageNet's two cranes) get their class id."""
     count = Counter(names)
     return [f"{name} ({i})" if count[name] > 1 else name for i, name in enumerate(names)]
@@ -127,7 +144,8 @@ def _split(name: str, part: Pictures) -> Split:
         if row in part.problems:
             raise part.problems[row]
         try:
-            image = decode(part.read(row))
+            found = part.read(row)
+            image = decode(found) if isinstance(found, bytes) else found
         except BadPicture as e:
             raise Skip("picture broken", f"{part.keys[row]}: {e}") from e
         return Sample(part.keys[row], image, np.array(part.labels[row]))

@@ -3,7 +3,8 @@
     ade20k:PATH, cityscapes:PATH, voc:PATH, context:PATH, cocostuff:PATH, camvid:PATH     class maps
     nyuv2:PATH, kitti:PATH                                                                depth
     folder:PATH[,ignore=0+255][,scale=0.001]      {train,val[,test]}/{images,masks|depth}, see `folder`
-    imagefolder:PATH, webdataset:PATH, pairs:TABLE.lance,label=COLUMN     pictures with a class each, for "classify"
+    imagefolder:PATH, webdataset:PATH, pairs:TABLE.lance,label=COLUMN, cifar:PATH    pictures with a class each, for
+        "classify"; and for "zeroshot", which trains nothing: val and test, or train if it is all there is
     scenes:n=1000,size=64,seed=1    the embedded world; train, val and test are different worlds, see `scenes`
     coco:PATH, voc:PATH, folder:PATH    objects in COCO's JSON and VOC's XML for "detect", see `coco_boxes`, `voc_boxes`
 
@@ -29,9 +30,9 @@ from numpy.typing import NDArray
 from cutline.errors import DataError
 from cutline.progress import progress
 
-Task = Literal["segment", "depth", "classify", "detect"]
+Task = Literal["segment", "depth", "classify", "detect", "zeroshot"]
 KINDS = ("ade20k", "camvid", "cityscapes", "cocostuff", "context", "folder", "kitti", "nyuv2", "scenes", "voc")
-CLASS_KINDS = ("imagefolder", "webdataset", "pairs", "scenes")  # of "classify"
+CLASS_KINDS = ("cifar", "imagefolder", "webdataset", "pairs", "scenes")  # of "classify" and "zeroshot"
 OBJECTS = {"coco": "coco_boxes", "folder": "folder", "scenes": "scenes", "voc": "voc_boxes"}  # of "detect": modules
 CACHE_BYTES = 1 << 30  # decoded pictures of one split kept in memory, however many there are
 SKIP_SHARE = 0.1
@@ -83,11 +84,13 @@ class Split:
         labels = None if self.labels is None else self.labels[list(rows)]
         return Split(self.name, [self.keys[r] for r in rows], lambda i: self.read(rows[i]), labels)
 
-    def read(self, row: int) -> Sample:
-        """The sample, from memory if it is there; raises `Skip`. Thread-safe."""
+    def read(self, row: int, keep: bool = True) -> Sample:
+        """The sample, from memory if it is there; raises `Skip`. Thread-safe. keep: for another time, if there is room."""
         if (cached := self._cache.get(row)) is not None:
             return cached
         sample = self._read(row)
+        if not keep:
+            return sample
         size = sample.image.nbytes + sample.target.nbytes
         self.sizes[row] = (sample.image.shape[0], sample.image.shape[1])
         with self._lock:
@@ -117,23 +120,28 @@ class Split:
             for problem in pool.map(attempt, rows):
                 problems.append(problem)
                 tick()
-        bad = [p for p in problems if p is not None]
-        counts = Counter(p.reason for p in bad)
-        if bad:
-            reasons = ", ".join(f"{n} × {reason}" for reason, n in counts.most_common())
-            examples = "\n  ".join(str(p) for p in bad[:3])
-            message = f"{self.name}: {len(bad)} of {len(rows)} pictures skipped ({reasons}). For example:\n  {examples}"
-            if len(bad) > SKIP_SHARE * len(rows):
-                raise DataError(f"{message}\nMore than {SKIP_SHARE:.0%} is too many: put the data right.")
-            print(message, file=sys.stderr)
+        counts = tell_skipped(self.name, [p for p in problems if p is not None], len(rows))
         return [row for row, problem in zip(rows, problems, strict=True) if problem is None], counts
+
+
+def tell_skipped(name: str, bad: Sequence[Skip], total: int) -> Counter[str]:
+    """Count by reason, and tell on stderr, what cannot be used of `total` pictures; `DataError` above `SKIP_SHARE`."""
+    counts = Counter(p.reason for p in bad)
+    if bad:
+        reasons = ", ".join(f"{n} × {reason}" for reason, n in counts.most_common())
+        examples = "\n  ".join(str(p) for p in bad[:3])
+        message = f"{name}: {len(bad)} of {total} pictures skipped ({reasons}). For example:\n  {examples}"
+        if len(bad) > SKIP_SHARE * total:
+            raise DataError(f"{message}\nMore than {SKIP_SHARE:.0%} is too many: put the data right.")
+        print(message, file=sys.stderr)
+    return counts
 
 
 @dataclass
 class DenseData:
     """A data set of one task.
 
-    splits: "train", "val" and perhaps "test"; classes: names by id, empty for depth; fingerprint: of the contents of
+    splits: "train", "val" and perhaps "test" (for "zeroshot" those there are, "all" where they are not told apart); classes: names by id, empty for depth; fingerprint: of the contents of
     all splits; default_pictures: how many are scored when the config does not say (None: all of them); max_depth: the
     farthest reading there can be, if known.
     """
@@ -146,6 +154,7 @@ class DenseData:
     default_pictures: int | None = None
     max_depth: float | None = None
     notes: dict[str, Any] = field(default_factory=dict)  # options that change targets, for the protocol
+    prompts: list[str] = field(default_factory=list)  # templates of a class's name that come with the data
 
     def split(self, name: str) -> Split:
         if name not in self.splits:
@@ -162,7 +171,7 @@ def open_data(spec: str | DenseData, task: Task) -> DenseData:
             raise DataError(f"{spec.spec} was opened for {spec.task}: open it with open_data(spec, {task!r}).")
         return spec
     kind, colon, rest = spec.partition(":")
-    names = CLASS_KINDS if task == "classify" else KINDS
+    names = CLASS_KINDS if task in ("classify", "zeroshot") else KINDS
     kinds = OBJECTS if task == "detect" else dict(zip(names, names))
     if not colon or kind not in kinds:
         near = difflib.get_close_matches(kind, kinds, n=1)

@@ -45,7 +45,7 @@ def class_grid(path: Path, samples: Sequence[Sample], masks: Sequence[NDArray[An
         for axis, shown in zip(column, (sample.image, colours[sample.target], colours[mask])):
             axis.imshow(shown, interpolation="nearest" if shown is not sample.image else None)
     figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=8, handlelength=1.2)
-    _write(figure, path)
+    write(figure, path)
 
 
 def class_picture(path: Path, image: NDArray[np.uint8], mask: NDArray[Any], classes: Sequence[str]) -> None:
@@ -57,7 +57,7 @@ def class_picture(path: Path, image: NDArray[np.uint8], mask: NDArray[Any], clas
     grey = image.mean(2, keepdims=True) / 255  # colours of the picture would change those of the legend
     axis.imshow((0.4 * grey + 0.6 * colours[mask]).clip(0, 1), interpolation="nearest")
     figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=8, handlelength=1.2)
-    _write(figure, path)
+    write(figure, path)
 
 
 def _legend(masks: Sequence[NDArray[Any]], classes: Sequence[str], colours: NDArray[Any]) -> list[Any]:
@@ -92,7 +92,7 @@ def name_grid(
         place = {"transform": axis.transAxes, "ha": "center", "va": "top", "fontsize": 8}
         axis.text(0.5, -0.02, _short(truth), **place)
         axis.text(0.5, -0.12, f"{_short(guess)} {share:.0%}", color=RIGHT if guess == truth else WRONG, **place)
-    _write(figure, path)
+    write(figure, path)
 
 
 def share_picture(path: Path, image: NDArray[np.uint8], names: Sequence[str], shares: Sequence[float]) -> None:
@@ -107,7 +107,7 @@ def share_picture(path: Path, image: NDArray[np.uint8], names: Sequence[str], sh
     bars.spines[:].set_visible(False)
     for place, share in zip(places, shares):
         bars.text(share + 0.02, place, f"{share:.1%}", va="center", fontsize=8)
-    _write(figure, path)
+    write(figure, path)
 
 
 def _short(name: str, most: int = 30) -> str:
@@ -126,7 +126,7 @@ def depth_grid(path: Path, samples: Sequence[Sample], depths: Sequence[NDArray[A
         for axis, shown in zip(column, (sample.image, truth, colours(scale(metres))[..., :3])):
             axis.imshow(shown)
     _bar(figure, (0.3, space * 0.65, 0.4, space * 0.15), scale, colours)
-    _write(figure, path)
+    write(figure, path)
 
 
 def depth_picture(path: Path, metres: NDArray[Any]) -> None:
@@ -135,7 +135,7 @@ def depth_picture(path: Path, metres: NDArray[Any]) -> None:
     figure, axis, space = _single(metres.shape, below=0.7)
     axis.imshow(colours(scale(metres))[..., :3])
     _bar(figure, (0.1, space * 0.72, 0.8, space * 0.15), scale, colours)
-    _write(figure, path)
+    write(figure, path)
 
 
 def _metres(low: float, high: float) -> tuple[Any, Any]:
@@ -172,7 +172,7 @@ def object_grid(
         names = [classes[k] for k in truth.labels]
         _objects(column[1], colours, truth.boxes, truth.labels, names, truth.masks, truth.crowd)
         _best(column[2], colours, one, classes)
-    _write(figure, path)
+    write(figure, path)
 
 
 def object_picture(
@@ -181,7 +181,7 @@ def object_picture(
     """Write a PNG of the picture with its predicted objects, chosen as in `object_grid`."""
     figure, axis, _ = _single(image.shape, draw=image)
     _best(axis, palette(len(classes)), found, classes)
-    _write(figure, path)
+    write(figure, path)
 
 
 def _best(axis: Any, colours: NDArray[Any], one: dict[str, NDArray[Any]], classes: Sequence[str]) -> None:
@@ -226,7 +226,7 @@ def rate_curve(path: Path, scores: dict[float, float], best: float, metric: str,
     axis.set(xscale="log", xlabel="learning rate", ylabel=f"{metric} on {by}")
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
-    _write(figure, path)
+    write(figure, path)
 
 
 def _figure(samples: Sequence[Sample], legend: float) -> tuple[Any, NDArray[Any], float]:
@@ -265,7 +265,8 @@ def _single(shape: Sequence[int], below: float = 0.0, draw: NDArray[np.uint8] | 
     return figure, axis, below / inches
 
 
-def _write(figure: Any, path: Path) -> None:
+def write(figure: Any, path: Path) -> None:
+    """Write a figure as PNG, all of it or nothing."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """A folder for each class, as torchvision's ImageFolder reads it: PATH/{train,val[,test]}/CLASS/**/*.jpg.
 
 The classes are the folders in train, sorted by name; hidden ones do not count. Without val, `val=0.1` holds a tenth of
-train out.
+train out. For "zeroshot" train need not be there (the classes are the folders of all parts), and PATH may hold the
+folders of the classes itself.
 """
 
 import os
@@ -14,7 +15,7 @@ from torchvision.datasets.folder import make_dataset
 from cutline.errors import DataError
 from cutline.pairs.content import TAIL
 from cutline.pairs.headers import PICTURES
-from cutline.transfer.classes import PARTS, Pictures, class_data, spec_options, val_share
+from cutline.transfer.classes import PARTS, Pictures, class_data, scored_parts, spec_options, val_share
 from cutline.transfer.data import DenseData, Skip, Task
 
 EXTENSIONS = tuple(f".{e}" for e in sorted(PICTURES))
@@ -25,12 +26,26 @@ def open(rest: str, task: Task) -> DenseData:
     path, options = spec_options("imagefolder", rest, {"val": "0.1"})
     spec, root = f"imagefolder:{rest}", Path(path)
     share = val_share(spec, options)
-    if not (root / "train").is_dir():
-        raise DataError(f"{spec}: there is no folder {root / 'train'}. The layout is {{train,val}}/CLASS/*.jpg.")
     found = {name: _folders(root / name) for name in PARTS if (root / name).is_dir()}
+    if task == "zeroshot":
+        return _untrained(spec, root, found or {"all": _folders(root)} if root.is_dir() else {}, options)
+    if "train" not in found:
+        raise DataError(f"{spec}: there is no folder {root / 'train'}. The layout is {{train,val}}/CLASS/*.jpg.")
     classes = found["train"]
     parts = {name: _pictures(root / name, classes, folders) for name, folders in found.items()}
-    return class_data(spec, parts, classes, share, {})
+    return class_data(spec, task, parts, classes, share, {})
+
+
+def _untrained(spec: str, root: Path, found: dict[str, list[str]], options: dict[str, str]) -> DenseData:
+    """What is scored where nothing is trained: val and test, train alone, or the folder's classes as "all"."""
+    if options:
+        raise DataError(f"{spec}: nothing is trained here, so nothing is held out: leave val= out.")
+    if not found:
+        raise DataError(f"{spec}: there is no folder {root}. The layout is {{val,test}}/CLASS/*.jpg, or CLASS/*.jpg.")
+    classes = sorted({name for folders in found.values() for name in folders})
+    places = {"all": root} if "all" in found else {name: root / name for name in scored_parts(found, "zeroshot")}
+    parts = {name: _pictures(place, classes, found[name]) for name, place in places.items()}
+    return class_data(spec, "zeroshot", parts, classes, None, {})
 
 
 def _folders(root: Path) -> list[str]:

@@ -1,7 +1,8 @@
 """A table of pairs with a column that holds each picture's class: text or whole numbers.
 
 `split=COLUMN` names a column that says train, val (or validation) and test; rows with anything else in it are left out.
-Without it a tenth of the rows, or the share `val=`, is held out by their keys. A row without a class is skipped.
+Without it a tenth of the rows, or the share `val=`, is held out by their keys; for "zeroshot", which trains nothing, all
+rows are one part, "all". A row without a class is skipped.
 """
 
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 
 from cutline.errors import DataError
 from cutline.pairs import Pairs
-from cutline.transfer.classes import PARTS, Pictures, class_data, spec_options, val_share
+from cutline.transfer.classes import PARTS, Pictures, class_data, scored_parts, spec_options, val_share
 from cutline.transfer.data import DenseData, Skip, Task
 
 HELD_OUT = 0.1
@@ -28,23 +29,28 @@ def open(rest: str, task: Task) -> DenseData:
     columns = ["key", label, *([split] if split else [])]
     values = table.take(np.arange(len(table)), columns)
     labels = _labels(values[label], label, table)
+    if task == "zeroshot" and share is not None:
+        raise DataError(f"{spec}: nothing is trained here, so nothing is held out: leave val= out.")
     if split is None:
-        share = share or HELD_OUT
+        share = None if task == "zeroshot" else share or HELD_OUT
         of = ["train"] * len(table)
     else:
         of = [ALSO.get(str(v), str(v)) for v in values[split].to_pylist()]
     rows = {name: [i for i, part in enumerate(of) if part == name] for name in PARTS}
-    if not rows["train"]:
+    if not (any(rows.values()) if task == "zeroshot" else rows["train"]):
         have = ", ".join(map(repr, sorted(set(of))[:5]))
         raise DataError(f"{spec}: no row is of train; {split!r} holds {have}, and should hold train, val and test.")
-    trained = {labels[i] for i in rows["train"]} - {None}
+    trained = set() if task == "zeroshot" else {labels[i] for i in rows["train"]} - {None}
     kept = sorted(
         set(labels) - {None}, key=lambda v: (v not in trained, v)
     )  # the trained first, should more be refused
     whole = _pictures(table, values["key"].to_pylist(), labels, label, kept)
-    parts = {name: whole.take(found) for name, found in rows.items() if found}
+    wanted = scored_parts([name for name, found in rows.items() if found], task)
+    parts = {name: whole.take(rows[name]) for name in wanted}
+    if task == "zeroshot" and split is None:
+        parts = {"all": whole}
     notes = {"label": label, **({"split": split} if split else {})}
-    return class_data(spec, parts, [str(v) for v in kept], share, notes)
+    return class_data(spec, task, parts, [str(v) for v in kept], share, notes)
 
 
 def _list(table: Pairs) -> str:

@@ -5,7 +5,7 @@ seed 1 + 2,000,003 (test) as the task's config says, 500 unless told otherwise.
 
 For "classify" a picture is a scene whose objects are all of one kind (a fifth of all scenes: one car, three pears), and
 its class is that kind, one of 96, or of `objects=24`, 32, …; n counts these pictures. Nothing is cropped: they are
-scenes like those an encoder was trained on. For "detect" the objects have boxes and masks, and their kinds are classes.
+scenes like those an encoder was trained on. "zeroshot" is the same without train. For "detect" the objects have boxes and masks, and their kinds are classes.
 """
 
 import functools
@@ -35,13 +35,15 @@ def open(rest: str, task: Task) -> DenseData:
     """Open `scenes:n=…,size=…,seed=…`; scenes are rendered when read."""
     config = parse_spec(f"scenes:{rest}")
     counts = {"train": config.n, "val": HELD_OUT, "test": HELD_OUT}
-    most = 2**40 - 1 if task == "classify" else 0  # scenes to choose from
+    most = 2**40 - 1 if task in ("classify", "zeroshot") else 0  # scenes to choose from
     worlds = {
         name: Scenes(config.model_copy(update={"seed": config.seed + shift, "n": most or counts[name]}))
         for name, shift in SEEDS.items()
     }
     if task == "classify":
         return _classes(rest, worlds, counts)
+    if task == "zeroshot":
+        return _untrained(rest, worlds, counts)
     column = {"segment": "semantic", "depth": "depth", "detect": "instances"}[task]
     contents = fingerprint({name: world.fingerprint for name, world in worlds.items()}, column)
     if task == "detect":
@@ -118,6 +120,15 @@ def _classes(rest: str, worlds: dict[str, Scenes], counts: dict[str, int]) -> De
     contents = fingerprint({n: w.fingerprint for n, w in worlds.items()}, counts, "classify")
     names = [OBJECTS[k].name for k in kinds]
     return DenseData("classify", f"scenes:{rest}", splits, names, contents, default_pictures=PICTURES)
+
+
+def _untrained(rest: str, worlds: dict[str, Scenes], counts: dict[str, int]) -> DenseData:
+    """val and test of `_classes`."""
+    kinds = kinds_of(worlds["val"].config.objects)
+    splits = {n: _class_split(n, _Singles(worlds[n]), counts[n], kinds, None) for n in ("val", "test")}
+    contents = fingerprint({n: worlds[n].fingerprint for n in splits}, "zeroshot")
+    names = [OBJECTS[k].name for k in kinds]
+    return DenseData("zeroshot", f"scenes:{rest}", splits, names, contents, default_pictures=PICTURES)
 
 
 def _class_split(

@@ -2,7 +2,8 @@
 
 A sample is a picture (jpg, png, webp, …) and `cls`, the class id as text; `classnames.txt` names the classes, one a
 line. Pictures are read where they lie in the tars. CLIP_benchmark's data sets have no val: choose `split=test`, or hold
-a tenth of train out with `val=0.1`.
+a tenth of train out with `val=0.1`. For "zeroshot" one part will do, and the prompts are those of
+`zeroshot_classification_templates.txt` if it is there.
 """
 
 import os
@@ -17,7 +18,7 @@ from cutline.pairs.pictures import Files
 from cutline.pairs.report import IngestReport
 from cutline.pairs.samples import Missing, Picture, Wanted
 from cutline.pairs.tars import TarFeed
-from cutline.transfer.classes import PARTS, Pictures, class_data, spec_options, val_share
+from cutline.transfer.classes import PARTS, Pictures, class_data, scored_parts, spec_options, val_share
 from cutline.transfer.data import DenseData, Skip, Task
 
 LAYOUT = "The layout is {train,test}/*.tar, each sample a picture and its class id in .cls"
@@ -36,21 +37,28 @@ def open(rest: str, task: Task) -> DenseData:
     path, options = spec_options("webdataset", rest, {"val": "0.1"})
     spec, root = f"webdataset:{rest}", Path(path)
     share = val_share(spec, options)
-    rows = {name: _rows(root / name) for name in PARTS if (root / name).is_dir()}
-    if "train" not in rows:
-        raise DataError(f"{spec}: there is no folder {root / 'train'}. {LAYOUT}.")
-    names = _names(root)
+    found = [name for name in PARTS if (root / name).is_dir()]
+    if task == "zeroshot" and options:
+        raise DataError(f"{spec}: nothing is trained here, so nothing is held out: leave val= out.")
+    if not found or (task == "classify" and "train" not in found):
+        raise DataError(f"{spec}: there is no folder {root / ('train' if task == 'classify' else 'test')}. {LAYOUT}.")
+    rows = {name: _rows(root / name) for name in scored_parts(found, task)}
+    names = _lines(root / "classnames.txt")
+    prompts = _lines(root / "zeroshot_classification_templates.txt") or []
     parts = {name: _pictures(found, names) for name, found in rows.items()}
     if names is None:
         names = [str(i) for i in range(max(int(p.labels.max(initial=-1)) for p in parts.values()) + 1)]
-    return class_data(spec, parts, names, share, {})
+    return class_data(spec, task, parts, names, share, {}, prompts)
 
 
-def _names(root: Path) -> list[str] | None:
-    path = root / "classnames.txt"
+def _lines(path: Path) -> list[str] | None:
+    """Its lines, whose places are ids; blank ones can only be the last. None where there is no such file."""
     if not path.is_file():
         return None
-    return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    if "" in lines:
+        raise DataError(f"{path} is blank in line {lines.index('') + 1}, whose place is an id: write what belongs there.")
+    return lines
 
 
 def _rows(folder: Path) -> list[Row]:

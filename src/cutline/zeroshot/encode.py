@@ -20,12 +20,14 @@ MAX_BAD = 0.1  # share of pictures that may be unreadable before a score would m
 class Embedded:
     """image (n, D) and text (m, D), L2-normalised float32; owners (m,): the picture of each text.
 
-    skipped: reason → count of pictures left out; truncated: texts cut at the tower's context.
+    rows: of the source, of each picture; texts: as they were read; skipped: reason → count of pictures left out; truncated: texts cut at the tower's context.
     """
 
     image: Tensor
     text: Tensor
     owners: Tensor
+    rows: list[int] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     skipped: dict[str, int] = field(default_factory=dict)
     truncated: int = 0
 
@@ -54,7 +56,7 @@ def embed_pairs(
             pictures = list(pool.map(lambda row: _picture(row, transform), rows))
             kept: list[Tensor] = []
             captions: list[str] = []
-            for row, picture in zip(rows, pictures, strict=True):
+            for number, (row, picture) in enumerate(zip(rows, pictures, strict=True), start):
                 found = _texts(row, columns)[:max_texts]
                 reason = picture if isinstance(picture, str) else "" if found else "no text"
                 if isinstance(picture, str) or reason:
@@ -63,10 +65,12 @@ def embed_pairs(
                 owners += [n + len(kept)] * len(found)
                 kept.append(picture)
                 captions += found
+                out.rows.append(number)
             tick(len(rows))
             if not kept:
                 continue
             n += len(kept)
+            out.texts += captions
             tokens = tokenizer(captions)
             out.truncated += tokenizer.truncated(captions, tokens)
             images.append(model.encode_image(torch.stack(kept).to(device), normalize=True).float().cpu())

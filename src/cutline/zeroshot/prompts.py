@@ -1,7 +1,8 @@
 """Prompts and class names: open_clip's sets, or files of one's own.
 
 A class has one name or several (synonyms), the best of which counts. Inline, `a red apple; grass, lawn; sky` are three
-classes of which the second has two names; in a file they are a line each. Prompts hold `{}` where the name goes.
+classes of which the second has two names; in a file they are a line each. Prompts hold `{}` where the name goes, or `{c}` as
+CLIP_benchmark writes it.
 """
 
 from collections.abc import Sequence
@@ -28,9 +29,11 @@ def prompts(given: str | Sequence[str]) -> list[str]:
     Raises `ConfigError` for a prompt without `{}`, for none at all, and for a name that is neither.
     """
     if isinstance(given, str):
-        found = PROMPTS.get(given) or ([given] if "{}" in given else _lines(given, "prompts", ", ".join(PROMPTS)))
+        inline = "{}" in given or "{c}" in given
+        found = PROMPTS.get(given) or ([given] if inline else _lines(given, "prompts", ", ".join(PROMPTS)))
     else:
         found = list(given)
+    found = [prompt.replace("{c}", "{}") for prompt in found]
     for prompt in found:
         if prompt.count("{}") != 1:
             raise ConfigError(f"the prompt {prompt!r} must hold {{}} once, where the name of the class goes.")

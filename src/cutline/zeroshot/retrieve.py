@@ -21,9 +21,13 @@ from cutline.record import Protocol, Result
 from cutline.towers.pictures import test_transform, weights_hash
 from cutline.train.device import device_of
 from cutline.train.recipe import Recipe
+from cutline.train.stream import open_source
 from cutline.zeroshot.encode import embed_pairs
+from cutline.zeroshot.nearest import draw_nearest
+from cutline.zeroshot.texts import open_joint
 
 KS = (1, 5, 10)
+CELLS = 1 << 22  # similarities held at a time
 
 
 class RetrieveConfig(Config):
@@ -39,29 +43,34 @@ class RetrieveConfig(Config):
 
 
 def recall(
-    image: Tensor, text: Tensor, owners: Tensor, ks: tuple[int, ...] = KS, chunk: int = 1024
+    image: Tensor, text: Tensor, owners: Tensor, ks: tuple[int, ...] = KS, cells: int = CELLS
 ) -> dict[str, float]:
     """Recalls from embeddings: image (n, D), text (m, D), owners (m,) → {"i2t_r1": …, "t2i_r1": …} in 0…1.
 
-    Memory is chunk · max(n, m). Raises `DataError` for embeddings that are not finite.
+    Memory is a few times `cells` numbers beside the embeddings. Raises `DataError` for embeddings that are not finite.
     """
     if not (torch.isfinite(image).all() and torch.isfinite(text).all()):
         raise DataError("some embeddings are not finite; the model is broken, and no recall can be given.")
-    ranks_i = [_ranks(image[a : a + chunk] @ text.T, owners[None] == torch.arange(len(image))[a : a + chunk, None])
-               for a in range(0, len(image), chunk)]  # fmt: skip
-    ranks_t = [_ranks(text[a : a + chunk] @ image.T, owners[a : a + chunk, None] == torch.arange(len(image))[None])
-               for a in range(0, len(text), chunk)]  # fmt: skip
-    return {
-        f"{way}_r{k}": (torch.cat(ranks) < k).double().mean().item()
-        for way, ranks in (("i2t", ranks_i), ("t2i", ranks_t))
-        for k in ks
-    }
+    places = torch.arange(len(text))
+    ranks = {"i2t": _ranks(image, text, owners, places, cells), "t2i": _ranks(text, image, places, owners, cells)}
+    return {f"{way}_r{k}": (found < k).double().mean().item() for way, found in ranks.items() for k in ks}
 
 
-def _ranks(similarity: Tensor, positive: Tensor) -> Tensor:
-    """How many negatives are at least as near as the nearest positive, for each row of `similarity`."""
-    best = similarity.masked_fill(~positive, float("-inf")).amax(1, keepdim=True)
-    return ((similarity >= best) & ~positive).sum(1)
+def _ranks(queries: Tensor, others: Tensor, query: Tensor, other: Tensor, cells: int) -> Tensor:
+    """How many negatives are at least as near to each query as its nearest positive; query[p], other[p]: the p-th positive
+    pair."""
+    order = query.argsort(stable=True)
+    query, other = query[order].contiguous(), other[order]
+    ranks = []
+    for a in range(0, len(queries), step := max(1, cells // len(others))):
+        similarity = queries[a : a + step] @ others.T
+        first, last = torch.searchsorted(query, torch.tensor([a, a + len(similarity)])).tolist()
+        rows = query[first:last] - a
+        own = similarity[rows, other[first:last]]
+        best = similarity.new_full((len(similarity),), -torch.inf).scatter_reduce(0, rows, own, "amax")
+        nearer = (similarity >= best[:, None]).sum(1)
+        ranks.append(nearer.index_add(0, rows, -(own >= best[rows]).long()))
+    return torch.cat(ranks)
 
 
 def chance(n: int, owners: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float]:
@@ -77,13 +86,15 @@ def chance(n: int, owners: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float]
 def retrieve(
     model: towers.Model | str, source: Any, config: RetrieveConfig, data: str = "", out: Path | None = None
 ) -> Result:
-    """Score `model` (a model, a run directory or a tag) on every pair of `source`; writes `out/result.json`.
+    """Score `model` (a model, a run directory or a tag) on every pair of `source` (or what `open_source` takes).
 
-    metrics: recalls in 0…1, `chance_…` beside them, pictures, texts, and texts truncated at the context.
+    metrics: recalls in 0…1, `chance_…` beside them, pictures, texts, and texts truncated at the context. Writes
+    `out/result.json` and `out/samples.png`. Raises `CutlineError` for a model without a text tower.
     """
     began = time.monotonic()
-    name = model if isinstance(model, str) else "model"
-    loaded = towers.load(model, device_of(config.device)) if isinstance(model, str) else model
+    loaded = open_joint(model, device_of(config.device))
+    if isinstance(source, str):
+        source, data = open_source(source, config.where), data or source
     columns = config.columns or caption_columns(source)
     embedded = embed_pairs(loaded, source, columns, config.batch, config.max_texts)
     metrics = recall(embedded.image, embedded.text, embedded.owners)
@@ -94,10 +105,11 @@ def retrieve(
                 "transform": str(test_transform(loaded)), "hit": "any", "ties": "against"}  # fmt: skip
     protocol = Protocol(
         task="retrieve", data=data, data_fingerprint=source.fingerprint, split=config.where or "all", settings=settings,
-        encoder=name, encoder_hash=weights_hash(loaded),
+        encoder=loaded.name or "model", encoder_hash=weights_hash(loaded),
     )  # fmt: skip
     result = Result(metrics=metrics, protocol=protocol, seconds=time.monotonic() - began)
     if out is not None:
+        draw_nearest(out / "samples.png", source, embedded)
         result.write(out)
     return result
 
