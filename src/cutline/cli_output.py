@@ -6,8 +6,7 @@ from typing import Any
 
 def folder_for(model: str, task: str, data: str, overrides: list[str] | None, recipe: Path | None = None) -> Path:
     """Beside the run's own files, or under `runs/` for a model from elsewhere; one for each choice of options."""
-    from cutline.record import fingerprint
-    from cutline.study.plan import slug
+    from cutline.record import fingerprint, slug
 
     base = Path(model) if Path(model).is_dir() else Path("runs") / slug(model)
     options = f"-{recipe.stem}" if recipe else ""

@@ -71,3 +71,33 @@ def classify(
     for name, share in list(name_picture(model, picture, classes, config, folder).items())[:5]:
         print(f"{share:6.1%}  {name}")
     done(folder / f"{picture.stem}.png")
+
+
+@app.command()
+def suite(
+    plan: Annotated[Path, typer.Argument(help="A suite, YAML; recipes/suites/ has some.")],
+    model: Annotated[list[str], typer.Option(help="A run directory, name:pretrained, or hf-hub:…; as often as you like.")],
+    overrides: Overrides = None,
+    out: Out = None,
+) -> None:
+    """Many data sets, one table with averages; what is scored is not scored again."""
+    from cutline.cli_output import show
+    from cutline.errors import CutlineError
+    from cutline.zeroshot.suite import load_suite, run
+    from cutline.zeroshot.table import table, write_table
+
+    loaded = load_suite(plan, list(overrides or []))
+    folder = out or Path("runs") / f"suite-{loaded.name}"
+    failed = run(loaded, model, folder, say=lambda line: print(line, file=sys.stderr, flush=True))
+    made = table(loaded, model, folder)
+    write_table(made, folder, failed)
+    from rich.table import Table
+
+    shown = Table(*made.header(), title=loaded.name)
+    for line in made.lines():
+        shown.add_row(*line)
+    show(shown)
+    done(folder / "table.md")
+    if failed:
+        names = ", ".join(sorted({name for _, name in failed}))
+        raise CutlineError(f"{len(failed)} scores failed ({names}): put the data right and run the same again.")

@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ HEADLINE: dict[str, tuple[str, float, bool]] = {
 
 def version() -> str:
     return importlib.metadata.version("cutline")
+
+
+def slug(name: str) -> str:
+    """A folder name."""
+    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 def fingerprint(*parts: Any) -> str:

@@ -1,6 +1,5 @@
 """A study as YAML: the arms (pretrainings), the tasks (transfers), the seeds. `quickstart` is three such files."""
 
-import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -12,6 +11,7 @@ from cutline.captions.captioner import CaptionerConfig
 from cutline.captions.coca import CocaWriter
 from cutline.config import Config, apply, check, load
 from cutline.errors import ConfigError
+from cutline.record import slug
 from cutline.scenes import parse_spec
 from cutline.train.recipe import Recipe
 from cutline.transfer.options import TransferConfig
@@ -125,11 +125,6 @@ def quickstart_plan(size: str, overrides: list[str] | None = None) -> Plan:
     if size not in SIZES:
         raise ConfigError(f"--size {size!r} is not one of {', '.join(SIZES)}.")
     return load_plan(Path(__file__).parent / "sizes" / f"{size}.yaml", overrides)
-
-
-def slug(name: str) -> str:
-    """A folder name."""
-    return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
 def _check_folders(kind: str, names: Iterable[str]) -> None:

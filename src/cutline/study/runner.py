@@ -11,8 +11,8 @@ import torch
 from cutline import towers
 from cutline.config import dump
 from cutline.errors import ConfigError
-from cutline.record import Result, write_atomic
-from cutline.study.plan import Plan, load_plan, slug
+from cutline.record import Result, slug, write_atomic
+from cutline.study.plan import Plan, load_plan
 from cutline.study.recaption import recaption
 from cutline.train.loop import read_from, train
 from cutline.train.stream import Source, open_source
