@@ -47,7 +47,9 @@ def segment(
     model: Model,
     data: Annotated[str | None, typer.Option(help="Class maps to score on: voc:PATH, scenes:…, folder:PATH, …")] = None,
     overrides: Overrides = None,
-    classes: Annotated[str | None, typer.Option(help="Names, 'a red apple; grass, lawn; sky', or a file of them.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Names, 'a red apple; grass, lawn; sky', or a file of them.")
+    ] = None,
     picture: Annotated[Path | None, typer.Option(help="In place of data: one picture whose map is drawn.")] = None,
     out: Out = None,
 ) -> None:

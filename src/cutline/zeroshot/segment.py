@@ -208,9 +208,7 @@ def names_of(config: SegmentConfig, classes: Sequence[str]) -> Names:
     return names
 
 
-def segment(
-    model: towers.Model | str, data: str | DenseData, config: SegmentConfig, out: Path | None = None
-) -> Result:
+def segment(model: towers.Model | str, data: str | DenseData, config: SegmentConfig, out: Path | None = None) -> Result:
     """Score a model (or a run or tag) on a data set of class maps, without training.
 
     metrics: miou, macc and accuracy, and what predicting the commonest class everywhere (chance_majority) and ids drawn evenly
