@@ -101,3 +101,33 @@ def suite(
     if failed:
         names = ", ".join(sorted({name for _, name in failed}))
         raise CutlineError(f"{len(failed)} scores failed ({names}): put the data right and run the same again.")
+
+
+@app.command()
+def segment(
+    model: Model,
+    data: Annotated[str | None, typer.Option(help="Class maps to score on: voc:PATH, scenes:…, folder:PATH, …")] = None,
+    overrides: Overrides = None,
+    classes: Annotated[
+        str | None, typer.Option(help="Names, 'a red apple; grass, lawn; sky', or a file of them.")
+    ] = None,
+    picture: Annotated[Path | None, typer.Option(help="In place of data: one picture whose map is drawn.")] = None,
+    out: Out = None,
+) -> None:
+    """Say of every pixel which word it is, without training: mIoU on data, or the map of a picture."""
+    from cutline.config import load
+    from cutline.errors import ConfigError
+    from cutline.zeroshot.segment import SegmentConfig, draw_picture
+    from cutline.zeroshot.segment import segment as run
+
+    if (data is None) == (picture is None) or (picture is not None and classes is None):
+        raise ConfigError("give --data SPEC to score on, or --picture FILE with --classes 'a red apple; grass; sky'.")
+    config = load(SegmentConfig, None, [*(overrides or [])])
+    config = config if classes is None else config.model_copy(update={"names": classes})
+    options = [*(overrides or []), *([f"names={classes}"] if classes else [])]
+    folder = out or folder_for(model, "zeroshot-segment", data or str(picture), options)
+    if picture is not None:
+        done(draw_picture(model, picture, config, folder))
+        return
+    then = f"cutline zeroshot segment --model {model} --picture FILE --classes 'a red apple; grass; sky'"
+    scored(run(model, str(data), config, folder), folder, then)

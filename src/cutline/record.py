@@ -26,6 +26,7 @@ HEADLINE: dict[str, tuple[str, float, bool]] = {
     "detect": ("ap", 100.0, True),
     "retrieve": ("i2t_r1", 100.0, True),
     "zeroshot classify": ("top1", 100.0, True),
+    "zeroshot-segment": ("miou", 100.0, True),
 }
 
 

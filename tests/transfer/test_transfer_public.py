@@ -30,9 +30,11 @@ KINDS = [*made.SEGMENT, *made.DEPTH]
         ("cityscapes", made.cityscapes, "", {0: None, 7: "road", 16: None, 24: "person", 33: "bicycle", 255: None}),
         ("cityscapes", lambda r, v: made.cityscapes(r, v, "labelTrainIds"), "", {0: "road", 18: "bicycle", 255: None}),
         ("voc", made.voc, "", {0: "background", 15: "person", 20: "tvmonitor", 255: None}),
+        ("voc", made.voc, ",classes=20", {0: None, 15: "person", 20: "tvmonitor", 255: None}),
         ("context", made.context, "", {0: None, 1: "aeroplane", 37: "person", 59: "wood", 255: None}),
         ("context", made.context, ",classes=60", {0: "background", 1: "aeroplane", 59: "wood"}),
         ("cocostuff", made.cocostuff, "", {0: "person", 12: "stop sign", 89: "toothbrush", 91: "banner", 181: "wood"}),
+        ("cocostuff", made.cocostuff, ",classes=81", {0: "person", 89: "toothbrush", 91: "background", 181: "background"}),
         ("cocostuff", lambda r, v: made.cocostuff(r, v, "_labelTrainIds"), "", {0: "person", 80: "banner", 255: None}),
     ],
 )  # fmt: skip

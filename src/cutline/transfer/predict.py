@@ -144,7 +144,8 @@ def _tell(report: Predicted) -> None:
         print(told, file=sys.stderr)
 
 
-def _segment(model: Any, image: NDArray[np.uint8], out: Path, name: str) -> None:
+def write_classes(model: Any, image: NDArray[np.uint8], out: Path, name: str) -> None:
+    """NAME.ids.png and NAME.png of what predicts class ids: it has `predict` and `classes`."""
     ids = model.predict([image])[0]
     _png(out / f"{name}.ids.png", ids.astype(np.uint8 if len(model.classes) <= BYTE else np.uint16))
     draw.class_picture(out / f"{name}.png", image, ids, model.classes)
@@ -188,7 +189,7 @@ def _classify(model: Any, image: NDArray[np.uint8], out: Path, name: str) -> Non
 
 # By the kind in transfer.json: what predicts, and the ends of the names it may write.
 _WRITERS: dict[str, tuple[Write, tuple[str, ...]]] = {
-    "Segmenter": (_segment, (".png", ".ids.png")),
+    "Segmenter": (write_classes, (".png", ".ids.png")),
     "DepthEstimator": (_depth, (".png", ".depth.png", ".depth.npy")),
     "Detector": (_detect, (".png", ".json")),
     "Classifier": (_classify, (".png", ".json")),

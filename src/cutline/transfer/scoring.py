@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
+from typing import Protocol as Structure
 
 from cutline.errors import DataError
 from cutline.objectives.gather import world
@@ -11,10 +12,17 @@ from cutline.record import Protocol
 from cutline.transfer.batches import THREADS, ahead
 from cutline.transfer.data import DenseData, Sample, Skip, Split
 from cutline.transfer.model import Transferred
-from cutline.transfer.options import NO_NUMBER, TransferConfig, precision
+from cutline.transfer.options import NO_NUMBER, SplitName, TransferConfig, precision
 
 
-def scored_rows(config: TransferConfig, data: DenseData) -> tuple[Split, list[int], int]:
+class Scored(Structure):
+    """A config that says what is scored."""
+
+    split: SplitName
+    pictures: int | None
+
+
+def scored_rows(config: Scored, data: DenseData) -> tuple[Split, list[int], int]:
     """The split to score, the rows of it that can be read, and how many were skipped."""
     split = data.split(config.split)
     wanted = config.pictures or data.default_pictures or len(split)
@@ -62,7 +70,7 @@ def protocol(
     )
 
 
-def shown(config: TransferConfig, data: DenseData, count: int = 6) -> list[Sample]:
+def shown(config: Scored, data: DenseData, count: int = 6) -> list[Sample]:
     """A few samples spread over the scored split, for a look at predictions."""
     split = data.split(config.split)
     total = min(config.pictures or data.default_pictures or len(split), len(split))

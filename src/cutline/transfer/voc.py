@@ -2,7 +2,7 @@
 
 Masks are palette PNGs whose indices are the classes; 255, the outlines, does not count. The extra masks of SBD
 (Hariharan et al., ICCV 2011) are used when they are there: pictures that trainaug.txt or aug.txt names, with masks of
-SegmentationClassAug where VOC has none of its own. A picture of val is never trained on: SBD's own lists hold some.
+SegmentationClassAug where VOC has none of its own. A picture of val is never trained on: SBD's own lists hold some. With classes=20 the background does not count.
 """
 
 import sys
@@ -24,10 +24,10 @@ AUG = (
 
 
 def open(rest: str, task: Task) -> DenseData:
-    """Open `voc:PATH[,aug=auto|no]`: VOC2012, or VOCdevkit, or the folder they lie in."""
+    """Open `voc:PATH[,aug=auto|no][,classes=21|20]`: VOC2012, or VOCdevkit, or the folder they lie in."""
     spec = f"voc:{rest}"
     serves("voc", task, "segment")
-    path, options = parse("voc", rest, aug="no")
+    path, options = parse("voc", rest, aug="no", classes="20")
     root = root_of(spec, path, "JPEGImages", LAYOUT, "VOC2012", "VOCdevkit/VOC2012")
     lists, masks, extra = root / "ImageSets", root / "SegmentationClass", root / "SegmentationClassAug"
     for needed in (masks, *(lists / "Segmentation" / f"{name}.txt" for name in ("train", "val"))):
@@ -46,8 +46,10 @@ def open(rest: str, task: Task) -> DenseData:
         "train": [_row(name, root, masks, extra) for name in train if name not in held_out],
         "val": [_row(name, root, masks, masks) for name in val],
     }
-    classes = class_names("voc")
-    read = partial(read_mask, table=label_table({k: k for k in range(21)}), advice="labels are 0 to 20, and 255.")
+    first = 0 if choice(spec, options, "classes", "21", "20") == "21" else 1
+    classes = class_names("voc")[first:]
+    table = label_table({k + first: k for k in range(len(classes))}, (255,) if first == 0 else (0, 255))
+    read = partial(read_mask, table=table, advice="labels are 0 to 20, and 255.")
     return build(spec, task, rows, read, classes, {"aug": augmented})
 
 
