@@ -143,12 +143,12 @@ def joint_map(encoder: Any, images: Tensor) -> Tensor:
     last = encoder.last(images)
     if isinstance(encoder, ResNetEncoder):
         return attended(encoder.visual.attnpool, last)
-    trunk = getattr(encoder.visual, "trunk", None)
+    trunk: Any = getattr(encoder.visual, "trunk", None)
     if getattr(trunk, "attn_pool", None) is None:
         joint: Tensor = encoder.project(last)
         return joint
     cells = last.movedim(1, -1).flatten(0, 2)
-    pooled: Tensor = encoder.visual.head(encoder.visual.trunk.forward_head(cells[:, None]))
+    pooled: Tensor = getattr(encoder.visual, "head", nn.Identity())(trunk.head(trunk.attn_pool(cells[:, None])))
     return pooled.view(len(last), *last.shape[2:], -1).movedim(-1, 1)
 
 
