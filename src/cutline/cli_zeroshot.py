@@ -1,5 +1,6 @@
 """The commands `cutline zeroshot …`: a thin skin over `cutline.zeroshot`."""
 
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -131,3 +132,34 @@ def segment(
         return
     then = f"cutline zeroshot segment --model {model} --picture FILE --classes 'a red apple; grass; sky'"
     scored(run(model, str(data), config, folder), folder, then)
+
+
+@app.command()
+def depth(
+    model: Annotated[
+        str, typer.Option(help="A run directory, name:pretrained of open_clip, or a model of this command.")
+    ],
+    data: Annotated[str | None, typer.Option(help="What to score on, and to train on: kind:path.")] = None,
+    picture: Annotated[list[Path] | None, typer.Option(help="Instead of --data: a picture or a folder.")] = None,
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Depth from words (method=depthclip, tokens or mirror): RMSE (m), AbsRel, δ1–3, log10, SILog."""
+    from cutline.errors import ConfigError
+    from cutline.zeroshot.depth import config_for, predict
+    from cutline.zeroshot.depth import depth as run
+
+    given = list(overrides or [])
+    if (data is None) == (not picture):
+        raise ConfigError("give --data KIND:PATH to score, or --picture PICTURE to look at one, and not both.")
+    if data is None:
+        report = predict(model, picture or [], given, out or folder_for(model, "zeroshot-depth", "pictures", overrides))
+        print(f"Pictures predicted: {len(report.written):,}")
+        return done(report.folder)
+    config = config_for(given)
+    folder = out or folder_for(model, "zeroshot-depth", data, overrides)
+    result = run(model, data, config, folder, resume)
+    if os.environ.get("RANK", "0") == "0":
+        named = model if config.method == "depthclip" else folder
+        scored(result, folder, f"cutline zeroshot depth --model {named} --picture PICTURE")

@@ -9,9 +9,10 @@
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -36,41 +37,25 @@ from cutline.transfer.scoring import protocol, read_along, scored_rows, shown
 FACTORS = {"0.001": 0.001, "1/256": 1 / 256, "1000": 1000.0}
 
 
-class DepthConfig(DenseConfig):
-    """Options of depth; the defaults suit a data set of hundreds of pictures.
+class MetresConfig(DenseConfig):
+    """What every model of depth is told, beside the options of dense tasks.
 
     max_depth, min_depth: metres; readings outside do not count in training or test, and predictions are kept inside;
     max_depth by default the data's (12 for scenes), else 10. eval_crop: part of the picture that counts: "eigen"
-    (NYUv2, 480x640) or "garg" (KITTI). deconvolutions, filters: of the deconv head. bins, layers, upsample: of the
-    linear head; layers 1 or 4, the encoder's last map or four ("lin. 1" and "lin. 4" of DINOv2), upsample 4 there.
-    variance: λ of the loss. cutdepth: share of the training pictures a strip of whose depth is pasted in (`CutDepth`).
-
-    The papers' settings are recipes/transfer/{nyuv2,kitti}-*.yaml.
+    (NYUv2, 480x640) or "garg" (KITTI). variance: λ of the loss. cutdepth: share of the training pictures a strip of
+    whose depth is pasted in (`CutDepth`).
     """
 
-    head: Literal["deconv", "dpt", "linear"] = "deconv"
-    layer_decay: float = Field(0.9, gt=0, le=1)
     max_depth: float | None = Field(None, gt=0)
     min_depth: float = Field(1e-3, gt=0)
     eval_crop: Literal["none", "eigen", "garg"] = "none"
-    deconvolutions: int = Field(3, ge=0, le=5)
-    filters: int = Field(32, ge=1)
-    bins: int = Field(256, ge=2)
-    layers: Literal[1, 4] = 1
-    upsample: int = Field(1, ge=1, le=8)
     variance: float = Field(0.5, ge=0, le=1)
     cutdepth: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
-    def _range(self) -> "DepthConfig":
+    def _range(self) -> Self:
         if self.min_depth >= self.top:
             raise ValueError(f"min_depth {self.min_depth} must be below max_depth {self.top}")
-        return self
-
-    @model_validator(mode="after")
-    def _probe(self) -> "DepthConfig":
-        if self.head != "linear" and (self.layers, self.upsample) != (1, 1):
-            raise ValueError(f"layers and upsample are of head=linear, not {self.head}: leave them out")
         return self
 
     @property
@@ -79,8 +64,55 @@ class DepthConfig(DenseConfig):
         return self.max_depth or 10.0
 
 
-class DepthEstimator(Dense):
-    """Depth (B, 1, H, W) in metres of normalised pictures (B, 3, H, W)."""
+class DepthConfig(MetresConfig):
+    """Options of depth; the defaults suit a data set of hundreds of pictures.
+
+    deconvolutions, filters: of the deconv head. bins, layers, upsample: of the linear head; layers 1 or 4, the encoder's
+    last map or four ("lin. 1" and "lin. 4" of DINOv2), upsample 4 there.
+
+    The papers' settings are recipes/transfer/{nyuv2,kitti}-*.yaml.
+    """
+
+    head: Literal["deconv", "dpt", "linear"] = "deconv"
+    layer_decay: float = Field(0.9, gt=0, le=1)
+    deconvolutions: int = Field(3, ge=0, le=5)
+    filters: int = Field(32, ge=1)
+    bins: int = Field(256, ge=2)
+    layers: Literal[1, 4] = 1
+    upsample: int = Field(1, ge=1, le=8)
+
+    @model_validator(mode="after")
+    def _probe(self) -> "DepthConfig":
+        if self.head != "linear" and (self.layers, self.upsample) != (1, 1):
+            raise ValueError(f"layers and upsample are of head=linear, not {self.head}: leave them out")
+        return self
+
+
+class DepthModel(Dense):
+    """Depth (B, 1, H, W) in metres of normalised pictures (B, 3, H, W): an encoder, a pyramid and a head that gives metres.
+
+    notes: what a score's protocol says of the model beside its config.
+    """
+
+    def __init__(self, encoder: Any, levels: pyramid.Pyramid, head: torch.nn.Module, config: MetresConfig) -> None:
+        super().__init__(encoder, levels, head, config.frozen)
+        self.config = config
+        self.notes: dict[str, Any] = {}
+
+    def predict(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[NDArray[np.float32]]:
+        """Metres (H, W) of each uint8 (H, W, 3) picture, looked at as the config says."""
+        self.eval()
+        view, found = look(self.config), []
+        for batch, _ in by_shape(((i, None) for i in images), self.config.batch):
+            found += list(self.clamp(view(self, batch))[:, 0].cpu().numpy())
+        return found
+
+    def clamp(self, depth: Tensor) -> Tensor:
+        return depth.clamp(self.config.min_depth, self.config.top)
+
+
+class DepthEstimator(DepthModel):
+    """A model of depth with the head that its config names."""
 
     def __init__(self, encoder: Any, config: DepthConfig) -> None:
         strides, widths = encoder.strides, encoder.channels
@@ -96,19 +128,7 @@ class DepthEstimator(Dense):
             head = heads.DeconvHead(
                 widths[-1], channels, config.filters, config.deconvolutions, strides[-1], config.top
             )
-        super().__init__(encoder, levels, head, config.frozen)
-        self.config = config
-
-    def predict(self, images: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-        """Metres (H, W) of each uint8 (H, W, 3) picture, looked at as the config says."""
-        self.eval()
-        view, found = look(self.config), []
-        for batch, _ in by_shape(((i, None) for i in images), self.config.batch):
-            found += list(self.clamp(view(self, batch))[:, 0].cpu().numpy())
-        return found
-
-    def clamp(self, depth: Tensor) -> Tensor:
-        return depth.clamp(self.config.min_depth, self.config.top)
+        super().__init__(encoder, levels, head, config)
 
 
 def silog(predicted: Tensor, truth: Tensor, valid: Tensor, variance: float = 0.5) -> Tensor:
@@ -121,11 +141,17 @@ def silog(predicted: Tensor, truth: Tensor, valid: Tensor, variance: float = 0.5
 
 
 def fit(
-    encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | None = None, resume: bool = False
-) -> DepthEstimator:
-    """Train a depth estimator on a copy of `encoder` (an `Encoder`, or what `load_encoder` takes).
+    encoder: Any,
+    data: str | DenseData,
+    config: MetresConfig,
+    out: Path | None = None,
+    resume: bool = False,
+    build: Callable[[Any, Any], DepthModel] = DepthEstimator,
+) -> DepthModel:
+    """Train a model of depth on a copy of `encoder` (an `Encoder`, or what `load_encoder` takes).
 
     The model's `config` has every open choice filled in. resume: go on from the last checkpoint in `out`, if there is one.
+    build: makes the model of the encoder and the config.
     """
     start, opened = encoder_of(encoder, config), open_data(data, "depth")
     config = config.model_copy(update={"max_depth": config.max_depth or opened.max_depth or config.top})
@@ -137,14 +163,14 @@ def fit(
         return silog(output[:, 0].clamp_min(1e-6), target, valid, config.variance)
 
     with seeded(config):
-        model = DepthEstimator(start, prepared.config)
+        model = build(start, prepared.config)
         paste = CutDepth(config.cutdepth, config.top) if config.cutdepth else None
         finetune(model, prepared, prepared.batches(start.mean, 0, paste), loss, out, resume)
     model.labels, model.skipped = len(prepared.rows), prepared.skipped
     return model
 
 
-def check_readings(prepared: PreparedDense[DepthConfig], spec: str) -> None:
+def check_readings(prepared: PreparedDense[Any], spec: str) -> None:
     """Raise `DataError` if none of the first training pictures has a reading in the range of the config.
 
     A median so far from metres that the unit is likely wrong is told on stderr.
@@ -162,7 +188,7 @@ def check_readings(prepared: PreparedDense[DepthConfig], spec: str) -> None:
         print(f"{spec}: are these metres? {hint}", file=sys.stderr)
 
 
-def counted(truth: Tensor, config: DepthConfig) -> Tensor:
+def counted(truth: Tensor, config: MetresConfig) -> Tensor:
     """Pixels (H, W) that count: with a reading between min_depth and max_depth, inside the crop."""
     valid = (truth > config.min_depth) & (truth <= config.top)
     if config.eval_crop == "none":
@@ -179,7 +205,7 @@ def counted(truth: Tensor, config: DepthConfig) -> Tensor:
     return valid & inside
 
 
-def score(model: DepthEstimator, data: str | DenseData, split: SplitName | None = None) -> Result:
+def score(model: DepthModel, data: str | DenseData, split: SplitName | None = None) -> Result:
     """The errors of `metrics.depth_errors` on `split` or the config's own: each picture's, then their mean."""
     begun = time.monotonic()
     config = model.config.model_copy(update={"split": split or model.config.split})
@@ -197,7 +223,7 @@ def score(model: DepthEstimator, data: str | DenseData, split: SplitName | None 
             f"no picture of {opened.spec} has a reading between {config.min_depth} and {config.top} m: "
             "set max_depth, or the data's scale."
         )
-    settings = {"average": "pictures", "alignment": "none"}
+    settings = {"average": "pictures", "alignment": "none", **model.notes}
     return Result(
         metrics=errors.scores(),
         protocol=protocol("depth", config, opened, model, errors.pictures, skipped, **settings),
@@ -206,16 +232,23 @@ def score(model: DepthEstimator, data: str | DenseData, split: SplitName | None 
 
 
 def depth(
-    encoder: Any, data: str | DenseData, config: DepthConfig, out: Path | None = None, resume: bool = False
+    encoder: Any,
+    data: str | DenseData,
+    config: MetresConfig,
+    out: Path | None = None,
+    resume: bool = False,
+    build: Callable[[Any, Any], DepthModel] = DepthEstimator,
 ) -> Result:
     """`fit`, then `score`, on all processes of torchrun; with `out`, write there result.json, the model, metrics.jsonl and a
     grid of predictions. resume: go on from the last checkpoint there."""
     opened = open_data(data, "depth")
 
-    def draw(model: DepthEstimator, path: Path) -> None:
-        from cutline.transfer.draw import depth_grid
+    return run(partial(fit, build=build), score, partial(draw, data=opened), encoder, opened, config, out, resume)
 
-        samples = shown(model.config, opened)
-        depth_grid(path, samples, model.predict([s.image for s in samples]), model.config.top)
 
-    return run(fit, score, draw, encoder, opened, config, out, resume)
+def draw(model: DepthModel, path: Path, data: DenseData) -> None:
+    """Write a grid of predictions, and of what is true there, of a few pictures of the config's split."""
+    from cutline.transfer.draw import depth_grid
+
+    samples = shown(model.config, data)
+    depth_grid(path, samples, model.predict([s.image for s in samples]), model.config.top)

@@ -84,8 +84,13 @@ class Pyramidal(Transferred):
         right, bottom = w - images.shape[3], h - images.shape[2]
         padded = F.pad(images, (0, right, 0, bottom)) if right or bottom else images
         with torch.no_grad() if self.frozen else nullcontext():
-            maps = self.encoder(padded)
-        return [maps[i].contiguous(memory_format=torch.channels_last) for i in self.pyramid.uses]
+            maps = self.read(padded)
+        return [m.contiguous(memory_format=torch.channels_last) for m in maps]
+
+    def read(self, padded: Tensor) -> list[Tensor]:
+        """The encoder's maps that the pyramid reads."""
+        maps = self.encoder(padded)
+        return [maps[i] for i in self.pyramid.uses]
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
         m = self.pyramid.multiple

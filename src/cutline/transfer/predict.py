@@ -57,14 +57,22 @@ def predict(
     cannot be read is told and skipped. Raises `CutlineError`.
     """
     path = _model_folder(run, task)
-    kind = describe(path)["kind"]
-    found, write, suffixes = _found(pictures), *_WRITERS[kind]
-    out = Path(out or Path(run) / "predicted")
+    kind = TASKS[describe(path)["kind"]]
+
+    def loaded() -> Any:
+        model = load(path, overrides=["device=auto", *overrides])
+        return model.to(device_of(model.config.device))
+
+    return predict_with(loaded, kind, pictures, Path(out or Path(run) / "predicted"))
+
+
+def predict_with(make: Callable[[], Any], task: str, pictures: Sequence[str | Path], out: Path) -> Predicted:
+    """The same with the model that `make` gives, once the pictures are found and the folder is free for them."""
+    found, write, suffixes = _found(pictures), *_WRITERS[task]
     names = _names(found, out, suffixes)
-    model = load(path, overrides=["device=auto", *overrides])
-    model.to(device_of(model.config.device))
+    model = make()
     out.mkdir(parents=True, exist_ok=True)
-    if kind == "Segmenter":
+    if task == "segment":
         write_atomic(out / "classes.txt", "\n".join(model.classes).encode())
     report = Predicted(out)
     with progress("predicting", len(found), "pictures") as tick:
@@ -187,12 +195,12 @@ def _classify(model: Any, image: NDArray[np.uint8], out: Path, name: str) -> Non
     draw.share_picture(out / f"{name}.png", image, names, values)
 
 
-# By the kind in transfer.json: what predicts, and the ends of the names it may write.
+# By the task: what predicts, and the ends of the names it may write.
 _WRITERS: dict[str, tuple[Write, tuple[str, ...]]] = {
-    "Segmenter": (write_classes, (".png", ".ids.png")),
-    "DepthEstimator": (_depth, (".png", ".depth.png", ".depth.npy")),
-    "Detector": (_detect, (".png", ".json")),
-    "Classifier": (_classify, (".png", ".json")),
+    "segment": (write_classes, (".png", ".ids.png")),
+    "depth": (_depth, (".png", ".depth.png", ".depth.npy")),
+    "detect": (_detect, (".png", ".json")),
+    "classify": (_classify, (".png", ".json")),
 }
 
 

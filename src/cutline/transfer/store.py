@@ -6,18 +6,20 @@ network; a timm image tower is built by its timm name.
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cutline.config import Config, apply, check
 from cutline.errors import ConfigError, DataError
 from cutline.record import version, write_atomic
 from cutline.towers.config import TowerConfig
 from cutline.towers.encoder import Encoder, wrap
+from cutline.towers.model import Model
 from cutline.towers.store import SCRATCH
 from cutline.towers.store import build as build_tower
 from cutline.towers.store import load as load_tower
@@ -39,6 +41,8 @@ LOOKS = {
 }  # options of a trained model that its weights do not depend on
 NEEDS = (("crop", "test", "slide"), ("stride", "test", "slide"), ("k", "head", "knn"), ("temperature", "head", "knn"))
 C = TypeVar("C", bound=Config)
+Loader = Callable[[dict[str, Any], dict[str, Tensor], Sequence[str]], Transferred]
+LOADERS: dict[str, Loader] = {}  # of kinds that a room above this one makes, which enters them here and in TASKS
 
 
 def save(model: Transferred, folder: str | Path) -> Path:
@@ -66,6 +70,7 @@ def save(model: Transferred, folder: str | Path) -> Path:
             "taps": taps if len(set(taps)) == len(taps) else None,
         },
         "masks": getattr(model, "masks", False),
+        "notes": getattr(model, "notes", {}),
         "trained": model.labels,
         "skipped": model.skipped,
         "version": version(),
@@ -89,19 +94,21 @@ def load(folder: str | Path, device: str | torch.device = "cpu", overrides: Sequ
     path = folder_of(folder)
     try:
         content = describe(path)
-        encoder = _encoder(content["encoder"])
+        kind, tensors = content["kind"], load_file(path / WEIGHTS)
         model: Transferred
-        if content["kind"] == "Segmenter":
-            model = Segmenter(encoder, _config(SegmentConfig, content, overrides), content["classes"])
-        elif content["kind"] == "DepthEstimator":
-            model = DepthEstimator(encoder, _config(DepthConfig, content, overrides))
-        elif content["kind"] == "Detector":
-            objects = _config(DetectConfig, content, overrides)
-            model = Detector(encoder, objects, content["classes"], content["masks"])
+        if kind == "Segmenter":
+            model = Segmenter(_encoder(content), config_of(SegmentConfig, content, overrides), content["classes"])
+        elif kind == "DepthEstimator":
+            model = DepthEstimator(_encoder(content), config_of(DepthConfig, content, overrides))
+        elif kind == "Detector":
+            objects = config_of(DetectConfig, content, overrides)
+            model = Detector(_encoder(content), objects, content["classes"], content["masks"])
+        elif kind == "Classifier":
+            config = config_of(ClassifyConfig, content, overrides)
+            model = Classifier(_encoder(content), config, content["classes"], content["trained"])
         else:
-            config = _config(ClassifyConfig, content, overrides)
-            model = Classifier(encoder, config, content["classes"], content["trained"])
-        model.load_state_dict(load_file(path / WEIGHTS))
+            model = LOADERS[kind](content, tensors, overrides)
+        model.load_state_dict(tensors)
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise DataError(f"cannot read the transferred model in {str(path)!r}: {e}") from e
     model.source, model.source_hash = content["encoder"]["name"], content["encoder"]["hash"]
@@ -109,7 +116,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", overrides: Sequ
     return model.to(device).eval()
 
 
-def _config(kind: type[C], content: dict[str, Any], overrides: Sequence[str]) -> C:
+def config_of(kind: type[C], content: dict[str, Any], overrides: Sequence[str]) -> C:
     """The stored config with the overrides in it."""
     if not overrides:
         return kind.model_validate(content["config"])
@@ -140,15 +147,24 @@ def describe(path: Path) -> dict[str, Any]:
     """What `transfer.json` in a folder says of the model: kind, config, classes, encoder. Raises `DataError`."""
     try:
         content: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
+        kind = content["kind"]
+    except (OSError, ValueError, KeyError) as e:
         raise DataError(f"cannot read the transferred model in {str(path)!r}: {e}") from e
+    if kind not in TASKS:
+        raise DataError(f"{str(path)!r} is a model of words ({kind}): use it with cutline zeroshot depth --picture.")
     return content
 
 
-def _encoder(stored: dict[str, Any]) -> Encoder:
-    if stored["model_cfg"]:
-        model = build_tower(TowerConfig(custom=stored["model_cfg"]))
-        model.visual.preprocess_cfg = stored["preprocess"]
-    else:
-        model = load_tower(SCRATCH + stored["name"].removeprefix(SCRATCH))
-    return wrap(model, tuple(stored["taps"]) if stored["taps"] else None)
+def tower_of(content: dict[str, Any]) -> Model:
+    """The model whose image tower was transferred, with random weights."""
+    stored = content["encoder"]
+    if not stored["model_cfg"]:
+        return load_tower(SCRATCH + stored["name"].removeprefix(SCRATCH))
+    model = build_tower(TowerConfig(custom=stored["model_cfg"]))
+    model.visual.preprocess_cfg = stored["preprocess"]
+    return model
+
+
+def _encoder(content: dict[str, Any]) -> Encoder:
+    taps = content["encoder"]["taps"]
+    return wrap(tower_of(content), tuple(taps) if taps else None)
