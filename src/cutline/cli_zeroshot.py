@@ -163,3 +163,24 @@ def depth(
     if os.environ.get("RANK", "0") == "0":
         named = model if config.method == "depthclip" else folder
         scored(result, folder, f"cutline zeroshot depth --model {named} --picture PICTURE")
+
+
+@app.command()
+def adapt(
+    model: Model,
+    data: Annotated[str, typer.Option(help="Pictures and the names of their classes: kind:path.")],
+    overrides: Overrides = None,
+    recipe: Annotated[Path | None, typer.Option(help="Options, YAML; recipes/adapt/ has the paper's.")] = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Adapt to a set of classes by pictures without labels (MUST): top-1, top-5, mean class accuracy, before and after."""
+    from cutline.config import load
+    from cutline.zeroshot.adapt import adapt as run
+    from cutline.zeroshot.must import AdaptConfig
+
+    config = load(AdaptConfig, recipe, list(overrides or []))
+    folder = out or folder_for(model, "adapt", data, overrides, recipe)
+    result = run(model, data, config, folder, resume)
+    if os.environ.get("RANK", "0") == "0":
+        scored(result, folder, f"cutline transfer classify --encoder {folder} --predict PICTURE")

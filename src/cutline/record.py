@@ -27,6 +27,7 @@ HEADLINE: dict[str, tuple[str, float, bool]] = {
     "retrieve": ("i2t_r1", 100.0, True),
     "zeroshot classify": ("top1", 100.0, True),
     "zeroshot-segment": ("miou", 100.0, True),
+    "adapt": ("top1", 100.0, True),
 }
 
 

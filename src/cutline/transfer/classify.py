@@ -1,4 +1,4 @@
-"""Image classification: fine-tune an encoder, probe it frozen (linear, attentive), or ask its neighbours. In Python:
+"""Image classification: fine-tune an encoder, probe it frozen (linear, cosine, attentive), or ask its neighbours. In Python:
 
     model = fit("runs/mine", "imagefolder:pictures", ClassifyConfig(frozen=True))
     names = model.predict([picture])                          # uint8 (H, W, 3) → ["tabby cat"]
@@ -31,7 +31,7 @@ from cutline.transfer.metrics import Hits
 from cutline.transfer.model import Transferred
 from cutline.transfer.options import SplitName, TransferConfig, autocast, seeded
 from cutline.transfer.prepared import Prepared, encoder_of
-from cutline.transfer.probes import AttentiveProbe, LinearProbe, NeighbourProbe
+from cutline.transfer.probes import AttentiveProbe, CosineProbe, LinearProbe, NeighbourProbe
 from cutline.transfer.run import run
 from cutline.transfer.scoring import grouped, protocol, read_along, scored_rows, shown
 from cutline.transfer.views import WHOLE, Square, Views, stack_views
@@ -49,8 +49,8 @@ VOTING = ("k", "temperature")
 class ClassifyConfig(TransferConfig):
     """Options of classification, beside those of all tasks; the defaults suit a data set of thousands of pictures.
 
-    head: "linear" on the pooled feature, "attentive" on the dense map, both with frozen=true or fine-tuning the whole
-    encoder; or "knn", which trains nothing (`probes`). size: side of the pictures, default the encoder's own; short:
+    head: "linear" on the pooled feature, "cosine" on its direction, "attentive" on the dense map, with frozen=true or
+    fine-tuning the whole encoder; or "knn", which trains nothing (`probes`). size: side of the pictures, default the encoder's own; short:
     short side before the central cut in test, default `size`. scale: range of the area that random crops keep in
     training, default [0.35, 1], and [1, 1] (the test view, mirrored or not) when frozen, whose features are then
     computed once. lr: default 6e-4, and 3e-3 when frozen. operations, magnitude: of RandAugment. erase: share of the
@@ -59,7 +59,7 @@ class ClassifyConfig(TransferConfig):
     The papers' settings (FT-CLIP, MAE's linear probe, DINO's k-NN) are recipes/transfer/imagenet-*.yaml.
     """
 
-    head: Literal["linear", "attentive", "knn"] = "linear"
+    head: Literal["linear", "cosine", "attentive", "knn"] = "linear"
     batch: int = Field(64, ge=2)
     layer_decay: float = Field(0.6, gt=0, le=1)
     drop_path: float = Field(0.0, ge=0, lt=1)
@@ -110,6 +110,8 @@ class Classifier(Transferred):
             head = AttentiveProbe(encoder.channels[-1], len(classes))
         elif config.head == "linear":
             head = LinearProbe(encoder.width, len(classes), scaled=config.frozen)
+        elif config.head == "cosine":
+            head = CosineProbe(encoder.width, len(classes))
         else:
             head = NeighbourProbe(encoder.width, len(classes), pictures, config.k, config.temperature)
         super().__init__(encoder, config.frozen)

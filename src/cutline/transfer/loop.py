@@ -165,6 +165,7 @@ class _Run:
             self.bad = 0
             if self.average is not None:
                 self.average.update_parameters(self.model)
+            self.model.after_step()
         else:
             for buffer, before in zip(self.model.buffers(), statistics, strict=True):
                 buffer.copy_(before)
@@ -173,7 +174,7 @@ class _Run:
             log(self.done, skipped="the loss or its gradient is not finite")
             self._refuse(batch.keys)
         elif self.done % LOG_EVERY == 0 or self.done == self.steps - 1:
-            log(self.done, loss=loss, lr=lr)
+            log(self.done, loss=loss, lr=lr, **{name: float(x) for name, x in self.model.logged.items()})
         self.done += 1
         return loss
 

@@ -34,12 +34,16 @@ class Transferred(nn.Module):
         self.source: str = encoder.name
         self.source_hash: str = encoder.hash  # of the encoder it began with
         self.labels = self.skipped = 0  # training pictures used, and those that could not be
+        self.logged: dict[str, Tensor | float] = {}  # of the last step, beside its loss
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
         if self.frozen:
             self.encoder.eval()
         return self
+
+    def after_step(self) -> None:
+        """Called after each step of the optimiser; none where the loss or its gradient was not finite."""
 
     def layer_of(self, name: str) -> int:
         """The encoder's own layer of a parameter, or `num_layers` + 1 for what follows the encoder."""

@@ -1,4 +1,4 @@
-"""Heads that name a picture's class: linear, attentive, nearest neighbours.
+"""Heads that name a picture's class: linear, by cosines, attentive, nearest neighbours.
 
 Shapes: B pictures, D width of the pooled feature, (C, h, w) the dense map, K classes.
 """
@@ -29,6 +29,25 @@ class LinearProbe(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> Tensor:
         out: Tensor = self.classifier(self.norm(features[0].float()))
         return out
+
+
+class CosineProbe(nn.Module):
+    """Pooled feature x (B, D) → logits s · x/|x| · w_c (B, K), as a CLIP tells classes by its words.
+
+    scale: s, 100 as in a trained CLIP; it is not trained.
+    """
+
+    scale: Tensor
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(nn.init.trunc_normal_(torch.empty(classes, width), std=0.01))
+        self.register_buffer("scale", torch.tensor(100.0))
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        x = F.normalize(features[0].float(), dim=1)
+        with torch.autocast(x.device.type, enabled=False):  # half precision would round s · cos to a half
+            return self.scale * (x @ self.weight.T)
 
 
 class AttentiveProbe(nn.Module):

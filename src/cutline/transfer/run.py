@@ -73,10 +73,11 @@ def run(
     config: TransferConfig,
     out: Path | None,
     resume: bool,
+    keep: Callable[[M, Path], Any] = save,
 ) -> Result:
     """`fit`, then `score`, on all processes of torchrun, each with its share of the work and with the same result.
 
-    With `out`, the first writes there the model, metrics.jsonl, samples.png (by `draw`) and result.json, and takes the
+    With `out`, the first writes there the model (by `keep`), metrics.jsonl, samples.png (by `draw`) and result.json, and takes the
     checkpoints away. Without `resume`, what an earlier run left there goes first. The result's seconds are those of training
     and scoring.
     """
@@ -90,7 +91,7 @@ def run(
         barrier()
         model = fit(encoder, data, config, out, resume)
         if out is not None and first:
-            save(model, out / "model")  # before scoring, which bad pictures may stop
+            keep(model, out / "model")  # before scoring, which bad pictures may stop
         result = score(model, data).model_copy(update={"seconds": time.monotonic() - begun})
         if out is not None and first:
             draw(model, out / "samples.png")
