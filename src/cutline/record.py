@@ -24,6 +24,7 @@ HEADLINE: dict[str, tuple[str, float, bool]] = {
     "classify": ("top1", 100.0, True),
     "detect": ("ap", 100.0, True),
     "retrieve": ("i2t_r1", 100.0, True),
+    "proposals": ("hiou", 100.0, True),
 }
 
 

@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from cutline.errors import ConfigError
 from cutline.objectives.gather import barrier, world
 from cutline.record import Result
-from cutline.towers.encoder import Encoder
 from cutline.train.device import process_group
 from cutline.transfer.data import DenseData, Task, open_data
 from cutline.transfer.model import Transferred
@@ -40,14 +39,14 @@ def transfer(
     result. Raises `ConfigError` if that is of another config, encoder or data."""
     if resume and out is not None and (out / "result.json").exists():
         data, encoder = open_data(data, task), encoder_of(encoder, config)
-        return finished(out, config, data, encoder)
+        return finished(out, config, data, encoder.hash)
     run = getattr(importlib.import_module(f"cutline.transfer.{task}"), task)
     result: Result = run(encoder, data, config, out, resume)
     return result
 
 
 def finished(
-    out: Path, config: TransferConfig, data: DenseData, encoder: Encoder, but: frozenset[str] = frozenset()
+    out: Path, config: TransferConfig, data: DenseData, encoder_hash: str, but: frozenset[str] = frozenset()
 ) -> Result:
     """The result in `out`; raises `ConfigError` if it is not of this config (whatever the options `but` are), data and encoder."""
     result = Result.read(out)
@@ -56,7 +55,7 @@ def finished(
     given["precision"] = precision(config)
     same = [found.settings.get(name) for name in given] == list(given.values()) and (
         (found.data_fingerprint, found.encoder_hash, found.split, found.seed)
-        == (data.fingerprint, encoder.hash, config.split, config.seed)
+        == (data.fingerprint, encoder_hash, config.split, config.seed)
     )
     if not same:
         raise ConfigError(

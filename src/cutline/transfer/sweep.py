@@ -55,7 +55,7 @@ def sweep(
         judged, trial, by = _validation(opened, config)
         tried = f"best of {', '.join(f'{r:g}' for r in rates)} by {by}"
         if resume and out is not None and (out / "result.json").exists():
-            result = finished(out, config, opened, start, but=frozenset({"lr"}))
+            result = finished(out, config, opened, start.hash, but=frozenset({"lr"}))
             if result.protocol.settings["lr"] != tried:
                 raise ConfigError(f"{out} holds another sweep: {result.protocol.settings['lr']}. Choose another --out.")
             return result
