@@ -28,6 +28,7 @@ HEADLINE: dict[str, tuple[str, float, bool]] = {
     "zeroshot classify": ("top1", 100.0, True),
     "zeroshot-segment": ("miou", 100.0, True),
     "adapt": ("top1", 100.0, True),
+    "proposals": ("hiou", 100.0, True),
 }
 
 
