@@ -25,7 +25,7 @@ HEADLINE: dict[str, tuple[str, float, bool]] = {
     "classify": ("top1", 100.0, True),
     "detect": ("ap", 100.0, True),
     "retrieve": ("i2t_r1", 100.0, True),
-    "zeroshot classify": ("top1", 100.0, True),
+    "zeroshot-classify": ("top1", 100.0, True),
 }
 
 
