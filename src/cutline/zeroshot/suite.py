@@ -20,6 +20,7 @@ from cutline.errors import ConfigError, CutlineError
 from cutline.record import Result, slug, write_atomic
 from cutline.towers.pictures import weights_hash
 from cutline.train.device import device_of
+from cutline.zeroshot.retrieve import held_out
 from cutline.zeroshot.texts import open_joint
 
 # Of each task, in modules of this package, its config and its function (model, data, config, out=folder) → Result.
@@ -104,6 +105,10 @@ def run(
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / "entry.json", json.dumps(wanted[name], indent=2).encode())
             entry = suite.tasks[name]
+            if entry.task == "retrieve" and entry.config.get("where") is None and held_out(model, suite.data(name))[0]:
+                say(
+                    f"  {name}: the model was trained on pairs of this table; config: {{where: …}} would leave them out"
+                )
             try:
                 score = _named(TASKS[entry.task][1])
                 result: Result = score(loaded, suite.data(name), entry.build(suite.device), out=folder)
