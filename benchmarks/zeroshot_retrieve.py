@@ -45,7 +45,9 @@ def one_hot(image: Tensor, text: Tensor, owners: Tensor) -> dict[str, float]:
     return out
 
 
-def measured(way: Way, args: argparse.Namespace, results: "multiprocessing.Queue[tuple[float, float, dict[str, float]]]") -> None:
+def measured(
+    way: Way, args: argparse.Namespace, results: "multiprocessing.Queue[tuple[float, float, dict[str, float]]]"
+) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     image = F.normalize(torch.randn(args.pictures, args.width), dim=1)
@@ -76,7 +78,9 @@ def main() -> None:
     for name, (seconds, memory, _) in found.items():
         print(f"{name}: {seconds:.1f} s ({seconds / ours[0]:.2f} of ours), {memory:.0f} MB")
     difference = max(abs(r[k] - ours[2][k]) for _, _, r in found.values() for k in ours[2])
-    print(f"largest difference of a recall {difference:.1e}; ours: {', '.join(f'{k} {v:.3f}' for k, v in ours[2].items())}")
+    print(
+        f"largest difference of a recall {difference:.1e}; ours: {', '.join(f'{k} {v:.3f}' for k, v in ours[2].items())}"
+    )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,9 @@ def classify(
     model: Model,
     data: Annotated[str | None, typer.Option(help="Pictures with a class each: kind:path.")] = None,
     picture: Annotated[Path | None, typer.Option(help="Instead of --data: one picture, with --classes.")] = None,
-    classes: Annotated[str | None, typer.Option(help="'a red apple; grass, lawn; sky', or a file of one a line.")] = None,
+    classes: Annotated[
+        str | None, typer.Option(help="'a red apple; grass, lawn; sky', or a file of one a line.")
+    ] = None,
     overrides: Overrides = None,
     out: Out = None,
 ) -> None:
@@ -59,7 +61,9 @@ def classify(
 
     config = load(ClassifyConfig, None, list(overrides or []))
     if (data is None) == (picture is None) or (picture is None) != (classes is None):
-        raise ConfigError("give --data KIND:PATH to score, or --picture PICTURE with --classes 'a; b; c', and not both.")
+        raise ConfigError(
+            "give --data KIND:PATH to score, or --picture PICTURE with --classes 'a; b; c', and not both."
+        )
     if data is not None:
         folder = out or folder_for(model, "zeroshot-classify", data, overrides)
         return scored(run(model, data, config, folder), folder)
@@ -77,7 +81,9 @@ def classify(
 @app.command()
 def suite(
     plan: Annotated[Path, typer.Argument(help="A suite, YAML; recipes/suites/ has some.")],
-    model: Annotated[list[str], typer.Option(help="A run directory, name:pretrained, or hf-hub:…; as often as you like.")],
+    model: Annotated[
+        list[str], typer.Option(help="A run directory, name:pretrained, or hf-hub:…; as often as you like.")
+    ],
     overrides: Overrides = None,
     out: Out = None,
 ) -> None:

@@ -25,10 +25,10 @@ HEADLINE: dict[str, tuple[str, float, bool]] = {
     "classify": ("top1", 100.0, True),
     "detect": ("ap", 100.0, True),
     "retrieve": ("i2t_r1", 100.0, True),
-    "zeroshot classify": ("top1", 100.0, True),
     "zeroshot-segment": ("miou", 100.0, True),
     "adapt": ("top1", 100.0, True),
     "proposals": ("hiou", 100.0, True),
+    "zeroshot-classify": ("top1", 100.0, True),
 }
 
 

@@ -257,3 +257,34 @@ def test_a_split_without_a_tar(tars: Make) -> None:
 def test_columns_that_do_not_fit_are_told(table: Path, options: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         open_data(f"pairs:{table}{options}", "classify")
+
+
+# CIFAR
+
+
+@pytest.mark.parametrize("labels", [1, 2])
+def test_cifar_in_its_binary_version(tmp_path: Path, labels: int) -> None:
+    rng = np.random.default_rng(0)
+    names = "batches.meta.txt" if labels == 1 else "fine_label_names.txt"
+    (tmp_path / names).write_text("cat\ndog\n\n")
+    pictures = rng.integers(0, 255, (12, 32, 32, 3), dtype=np.uint8)
+    records = [bytes([0] * (labels - 1) + [i % 2]) + p.transpose(2, 0, 1).tobytes() for i, p in enumerate(pictures)]
+    files = ["data_batch_1.bin", "data_batch_2.bin", "test_batch.bin"] if labels == 1 else ["train.bin", "test.bin"]
+    for k, file in enumerate(files):
+        (tmp_path / file).write_bytes(b"".join(records[4 * k : 4 * k + 4]))
+    data = open_data(f"cifar:{tmp_path}", "classify")
+    train, test, first = data.split("train"), data.split("test"), 4 * (len(files) - 1)
+    assert data.classes == ["cat", "dog"]
+    assert (len(train), len(test)) == (first, 4)
+    assert (train.read(first - 2).image == pictures[first - 2]).all()
+    assert (test.read(1).image == pictures[first + 1]).all()
+    assert test.labels.tolist() == [0, 1, 0, 1]
+    (tmp_path / files[-1]).write_bytes(b"".join(records)[:-1])
+    with pytest.raises(DataError, match="no multiple of"):
+        open_data(f"cifar:{tmp_path}", "zeroshot")
+
+
+def test_cifars_pickles_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "data_batch_1").write_bytes(b"")
+    with pytest.raises(DataError, match="pickles.*binary version"):
+        open_data(f"cifar:{tmp_path}", "classify")

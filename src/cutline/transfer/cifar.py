@@ -6,7 +6,6 @@ and blue of 32 × 32 pixels. The Python version is a pickle, which can run any c
 `val=0.1` holds a tenth of train out; the split to score is `test`.
 """
 
-import hashlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cutline.errors import DataError
+from cutline.record import digest
 from cutline.transfer.classes import Pictures, class_data, scored_parts, spec_options, val_share
 from cutline.transfer.data import DenseData, Task
 
@@ -45,7 +45,9 @@ def open(rest: str, task: Task) -> DenseData:
     files = {n: [root / f for f in found if (root / f).is_file()] for n, found in version.files.items()}
     there = scored_parts([n for n, found in files.items() if found], task)
     if not there or (task == "classify" and "train" not in there):
-        raise DataError(f"{spec}: of the files {', '.join(sum(version.files.values(), []))} {root} has too few.")
+        raise DataError(
+            f"{spec}: of the files {', '.join(f for found in version.files.values() for f in found)} {root} has too few."
+        )
     parts = {name: _pictures(name, files[name], version.labels, len(names)) for name in there}
     return class_data(spec, task, parts, names, share, {})
 
@@ -74,10 +76,12 @@ def _pictures(part: str, files: list[Path], labels: int, classes: int) -> Pictur
         if file.stat().st_size % size or not file.stat().st_size:
             raise DataError(f"{file} is {file.stat().st_size} bytes long, no multiple of {size}: fetch it again.")
         batches.append(np.memmap(file, np.uint8, "r").reshape(-1, size))
-        marks += [hashlib.sha256(batches[-1]).hexdigest()] * len(batches[-1])
+        marks += [digest(file).hex()] * len(batches[-1])
     ids = np.concatenate([b[:, labels - 1] for b in batches]).astype(np.int64)
     if ids.max() >= classes:
-        raise DataError(f"{files[0].parent}: a record of {part} is of class {ids.max()}, and there are {classes} names.")
+        raise DataError(
+            f"{files[0].parent}: a record of {part} is of class {ids.max()}, and there are {classes} names."
+        )
     starts = np.cumsum([0, *map(len, batches)])
 
     def read(row: int) -> NDArray[np.uint8]:

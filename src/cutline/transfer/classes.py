@@ -71,7 +71,9 @@ def class_data(
         if not (part.labels >= 0).any():
             raise DataError(f"{spec} has no picture with a class in {name}.")
     if task == "zeroshot":
-        contents = fingerprint(list(classes), notes, {n: [p.keys, p.labels.tolist(), p.marks] for n, p in parts.items()})
+        contents = fingerprint(
+            list(classes), notes, {n: [p.keys, p.labels.tolist(), p.marks] for n, p in parts.items()}
+        )
         splits = {name: _split(name, part) for name, part in parts.items()}
         return DenseData(task, spec, splits, list(classes), contents, notes=notes, prompts=list(prompts))
     if len(parts) == 1:

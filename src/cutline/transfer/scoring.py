@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 from typing import Protocol as Structure
 
 from cutline.errors import DataError
@@ -13,6 +13,8 @@ from cutline.transfer.batches import THREADS, ahead
 from cutline.transfer.data import DenseData, Sample, Skip, Split
 from cutline.transfer.model import Transferred
 from cutline.transfer.options import NO_NUMBER, SplitName, TransferConfig, precision
+
+A = TypeVar("A")
 
 
 class Scored(Structure):
@@ -45,8 +47,8 @@ def read_along(split: Split, rows: list[int], then: Callable[[Sample], Sample] =
             tick()
 
 
-def grouped(samples: Iterator[Sample], size: int) -> Iterator[list[Sample]]:
-    """Consecutive samples, `size` at a time and what is left."""
+def grouped(samples: Iterator[A], size: int) -> Iterator[list[A]]:
+    """Consecutive samples (or whatever they were made into), `size` at a time and what is left."""
     while group := list(islice(samples, size)):
         yield group
 

@@ -57,7 +57,9 @@ def _lines(path: Path) -> list[str] | None:
         return None
     lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
     if "" in lines:
-        raise DataError(f"{path} is blank in line {lines.index('') + 1}, whose place is an id: write what belongs there.")
+        raise DataError(
+            f"{path} is blank in line {lines.index('') + 1}, whose place is an id: write what belongs there."
+        )
     return lines
 
 

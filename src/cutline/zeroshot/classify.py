@@ -45,7 +45,7 @@ class ClassifyConfig(Config):
     """prompts: a set ("openai", "simple", "photo", "name"), a file or a list; default those that come with the data, else
     "openai". names: of the classes, in the order of the data's and in their place (a file, `a; b, c`, "imagenet", or a list);
     default the data's own, with spaces for underscores. split: default test, else val, else what there is. pictures: how
-    many are scored at most. batch: pictures a step; device: "auto" is a GPU where there is one."""
+    many are scored at most. batch: pictures a step; device: of a model that is loaded here; "auto" is a GPU if there is one."""
 
     prompts: str | list[str] | None = None
     names: str | list[str] | None = None
@@ -98,12 +98,11 @@ def classify(
     a text tower, for data and names that do not fit, and where more than 10 % of the pictures cannot be used.
     """
     began = time.monotonic()
-    device = device_of(config.device)
-    loaded, opened = open_joint(model, device), open_data(data, "zeroshot")
+    loaded, opened = open_joint(model, device_of(config.device)), open_data(data, "zeroshot")
     names, templates = names_of(config, opened), prompts(config.prompts or opened.prompts or PROMPTS)
     split = opened.split(config.split or next(n for n in ("test", "val", *opened.splits) if n in opened.splits))
     count = min(config.pictures or opened.default_pictures or len(split), len(split))
-    classifier = text_classifier(loaded, names, templates).to(device)
+    classifier = text_classifier(loaded, names, templates).to(next(loaded.parameters()).device)
     hits, told, bad = Hits(len(names)), dict[int, Told](), list[Skip]()
     some = set(range(0, count, -(-count // SHOWN)))
     for rows, cosines, truth in _scored(loaded, classifier, split, count, config.batch, bad):
@@ -121,7 +120,7 @@ def classify(
     settings = {**described(names, templates), "transform": str(test_transform(loaded)), "scored": count - len(bad),
                 "skipped": len(bad), **({"data": opened.notes} if opened.notes else {})}  # fmt: skip
     protocol = Protocol(
-        task="zeroshot classify", data=opened.spec, data_fingerprint=opened.fingerprint, split=split.name,
+        task="zeroshot-classify", data=opened.spec, data_fingerprint=opened.fingerprint, split=split.name,
         settings=settings, encoder=loaded.name or "model", encoder_hash=weights_hash(loaded),
     )  # fmt: skip
     per_class = {"accuracy": {name: value for name, value in accuracy if value == value}}  # NaN: no picture of it
@@ -182,8 +181,8 @@ def name_picture(
     Writes out/STEM.png (the picture over its best classes) and out/STEM.json. Raises `CutlineError` for a picture that cannot
     be read.
     """
-    device = device_of(config.device)
-    loaded = open_joint(model, device).eval()
+    loaded = open_joint(model, device_of(config.device)).eval()
+    device = next(loaded.parameters()).device
     classifier = text_classifier(loaded, class_names(names), prompts(config.prompts or PROMPTS)).to(device)
     try:
         image = decode(picture.read_bytes())

@@ -20,10 +20,14 @@ from cutline.errors import ConfigError, CutlineError
 from cutline.record import Result, slug, write_atomic
 from cutline.towers.pictures import weights_hash
 from cutline.train.device import device_of
+from cutline.zeroshot.retrieve import held_out
 from cutline.zeroshot.texts import open_joint
 
-# Modules of this package, each with a function of its name, (model, data, config, out=folder) → Result, and its …Config.
-TASKS = ("classify", "retrieve")
+# Of each task, in modules of this package, its config and its function (model, data, config, out=folder) → Result.
+TASKS = {
+    "classify": ("classify.ClassifyConfig", "classify.classify"),
+    "retrieve": ("retrieve.RetrieveConfig", "retrieve.retrieve"),
+}
 
 
 class Entry(Config):
@@ -49,10 +53,10 @@ class Entry(Config):
             raise ValueError(f"in config: {e}") from e
         return self
 
-    def build(self) -> Config:
+    def build(self, device: str = "auto") -> Config:
         """The task's config."""
-        kind: type[Config] = getattr(_module(self.task), f"{self.task.capitalize()}Config")
-        return check(kind, self.config)
+        kind: type[Config] = _named(TASKS[self.task][0])
+        return check(kind, {**self.config, "device": device})
 
 
 class Suite(Config):
@@ -101,10 +105,13 @@ def run(
             folder.mkdir(parents=True, exist_ok=True)
             write_atomic(folder / "entry.json", json.dumps(wanted[name], indent=2).encode())
             entry = suite.tasks[name]
-            try:
-                result: Result = getattr(_module(entry.task), entry.task)(
-                    loaded, suite.data(name), entry.build(), out=folder
+            if entry.task == "retrieve" and entry.config.get("where") is None and held_out(model, suite.data(name))[0]:
+                say(
+                    f"  {name}: the model was trained on pairs of this table; config: {{where: …}} would leave them out"
                 )
+            try:
+                score = _named(TASKS[entry.task][1])
+                result: Result = score(loaded, suite.data(name), entry.build(suite.device), out=folder)
             except (CutlineError, OSError) as e:
                 failed[model, name] = str(e)
                 say(f"  {name} FAILED: {e}")
@@ -114,8 +121,9 @@ def run(
     return failed
 
 
-def _module(task: str) -> Any:
-    return importlib.import_module(f"cutline.zeroshot.{task}")
+def _named(name: str) -> Any:
+    module, member = name.split(".")
+    return getattr(importlib.import_module(f"cutline.zeroshot.{module}"), member)
 
 
 def _apart(kind: str, names: Any) -> None:
