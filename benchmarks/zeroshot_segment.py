@@ -42,8 +42,8 @@ def main() -> None:
 
     for method in args.methods.split(","):
         words = WordSegmenter(model, names, SegmentConfig(method=method, prompts="name", batch=64))
-        height, width = words._size(torch.zeros(3, args.height, args.width))
-        windows = len(words._windows(height, width))
+        rows, columns = words._starts(torch.empty(words._size(torch.empty(3, args.height, args.width))))
+        windows = len(rows) * len(columns)
         size = words.config.window or 0
         batch = torch.randn(windows, 3, size, size, device=device)
         seconds: dict[str, list[float]] = {"segment": [], "bare": []}

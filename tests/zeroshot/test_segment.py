@@ -67,9 +67,10 @@ def test_windows_equal_a_loop_of_one_window_forwards(model, size):
             total[:, top : top + 32, left : left + 32] += F.interpolate(cosines[None], (32, 32), mode="bilinear")[0]
             seen[top : top + 32, left : left + 32] += 1
     with torch.no_grad():
-        got = segmenter.cosines(x[None])[0]
+        got = segmenter.cosines(x[None], (h, w))[0]
+        full = segmenter.cosines(x[None], size)[0]
     torch.testing.assert_close(got, total / seen, atol=1e-5, rtol=1e-5)
-    full = F.interpolate(got[None], size, mode="bilinear")[0]
+    torch.testing.assert_close(full, F.interpolate(got[None], size, mode="bilinear")[0], atol=1e-5, rtol=1e-5)
     best = torch.stack([full[:2].amax(0), full[2], full[3:].amax(0)])  # of each class its best name
     assert (segmenter.predict([image])[0] == best.argmax(0).numpy()).mean() > 0.999
 
@@ -80,7 +81,7 @@ def test_a_picture_that_fits_one_window_is_seen_once(model):
     with torch.no_grad():
         cells = F.normalize(segmenter.tower(x), dim=1)
         expected = F.interpolate(F.conv2d(cells, segmenter.words.weights[:, :, None, None]), (32, 32), mode="bilinear")
-        torch.testing.assert_close(segmenter.cosines(x), expected)
+        torch.testing.assert_close(segmenter.cosines(x, (32, 32)), expected)
 
 
 def test_batches_of_windows_and_pictures_change_nothing(model):
@@ -104,7 +105,7 @@ def test_uncertain_pixels_and_small_classes_are_background(model):
     pixels = torch.from_numpy(image).permute(2, 0, 1)
     with torch.no_grad():
         cosines = segmenter._each(pixels[None])[0]
-    shares = (30 * F.interpolate(cosines[None], (20, 24), mode="bilinear")[0]).softmax(0)
+    shares = (30 * cosines).softmax(0)
     best = torch.stack([shares[:2].amax(0), shares[2], shares[3:].amax(0)])
     first = best.argmax(0)
     front = max(int((first > 0).sum()), 1)

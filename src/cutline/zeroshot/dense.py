@@ -78,7 +78,7 @@ class DenseTower:
         x = self._tokens(self.view, images, grid)
         cells = self.view.cells(x)
         grid = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
-        out = cells.transpose(1, 2).unflatten(2, grid)
+        out = cells.transpose(1, 2).reshape(len(cells), -1, *grid)
         return out[..., : -(-height // self.stride), : -(-width // self.stride)]
 
     def _tokens(self, view: "_Native | _Timm", images: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -128,9 +128,9 @@ class DenseTower:
         s = (s - BETA * s.mean((1, 2), keepdim=True)) * GAMMA
         hidden = (s < 0) & ~torch.eye(s.shape[1], dtype=torch.bool, device=s.device)
         attention = s.masked_fill(hidden, -torch.inf).softmax(-1)
-        maps = v.transpose(2, 3).flatten(1, 2).unflatten(2, grid)
+        maps = v.transpose(2, 3).reshape(len(v), -1, *grid)
         maps = F.interpolate(maps, own, mode="bilinear", align_corners=False)
-        values = maps.flatten(2).unflatten(1, (v.shape[1], v.shape[3])).transpose(2, 3)
+        values = maps.reshape(len(v), v.shape[1], v.shape[3], -1).transpose(2, 3)
         return attention[:, None] @ values
 
 
@@ -246,4 +246,4 @@ class _Timm:
 def _heads(x: Tensor, weight: Tensor, bias: Tensor | None, part: str, heads: int) -> Tensor:
     which = "qkv".index(part)
     y = F.linear(x, weight.chunk(3)[which], None if bias is None else bias.chunk(3)[which])
-    return y.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return y.reshape(*y.shape[:2], heads, -1).transpose(1, 2)

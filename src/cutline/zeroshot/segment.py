@@ -135,34 +135,40 @@ class WordSegmenter:
         return found
 
     def _each(self, images: Tensor) -> list[Tensor]:
-        """`cosines` of uint8 pictures (B, 3, H, W), as many at once as their windows fill a batch."""
+        """`cosines` of uint8 pictures (B, 3, H, W) at their size, as many at once as their windows fill a batch."""
         small = torch.stack([resize_image(i, self._size(i)) for i in images.to(self.device)])
         x = (small.float() - self.mean) / self.std
-        windows = len(self._windows(x.shape[-2], x.shape[-1]))
-        parts = [self.cosines(part) for part in x.split(max(1, self.config.batch // windows))]
-        return [one for part in parts for one in part]
+        rows, columns = self._starts(x)
+        each = max(1, self.config.batch // (len(rows) * len(columns)))
+        size = (images.shape[2], images.shape[3])
+        return [one for part in torch.split(x, each) for one in self.cosines(part, size)]
 
-    def cosines(self, x: Tensor) -> Tensor:
-        """Normalised pictures (B, 3, h, w) → the cosine of every name at every pixel, mean of the windows: (B, M, h, w)."""
-        height, width = x.shape[-2:]
-        places = self._windows(height, width)
-        wh, ww = min(self.config.window or 0, height), min(self.config.window or 0, width)
-        cut = torch.cat([x[..., top : top + wh, left : left + ww] for top, left in places])  # (windows · B, 3, wh, ww)
-        total = x.new_zeros(len(x), len(self.words.weights), height, width)
-        seen = x.new_zeros(height, width)
+    def cosines(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """Normalised pictures (B, 3, h, w) → the cosine of every name at every pixel of pictures of `size`: (B, M, H, W).
+
+        Enlarging cells to pixels, placing windows, the mean where they overlap and resizing are linear along each side, so that
+        one matrix a side does it all.
+        """
+        rows, columns = self._starts(x)
+        wh, ww = min(self.config.window or 0, x.shape[2]), min(self.config.window or 0, x.shape[3])
+        cut = torch.cat([x[..., top : top + wh, left : left + ww] for top in rows for left in columns])
         weights = self.words.weights[:, :, None, None]
-        index = 0
-        for part in cut.split(self.config.batch):
-            maps = F.conv2d(F.normalize(self.tower(part).float(), dim=1), weights)
-            stride = self.tower.stride
-            full = (maps.shape[-2] * stride, maps.shape[-1] * stride)
-            for one in F.interpolate(maps, full, mode="bilinear", align_corners=False):
-                (top, left), picture = places[index // len(x)], index % len(x)
-                total[picture, :, top : top + wh, left : left + ww] += one[:, :wh, :ww]
-                index += 1
-        for top, left in places:
-            seen[top : top + wh, left : left + ww] += 1
-        return total / seen
+        maps = torch.cat(
+            [
+                F.conv2d(F.normalize(self.tower(part).float(), dim=1), weights)
+                for part in torch.split(cut, self.config.batch)
+            ]
+        )
+        grid = maps.reshape(len(rows), len(columns), len(x), *maps.shape[1:])  # and M, cells, cells
+        names = grid.permute(2, 3, 0, 4, 1, 5).reshape(len(x), maps.shape[1], len(rows) * maps.shape[2], -1)
+        down = spread(rows, wh, self.tower.stride, x.shape[2], size[0], x)
+        across = spread(columns, ww, self.tower.stride, x.shape[3], size[1], x)
+        return down @ names @ across.T
+
+    def _starts(self, x: Tensor) -> tuple[list[int], list[int]]:
+        """Where the windows of a picture (…, h, w) begin, down and across."""
+        window, stride = self.config.window or 0, self.config.stride or 0
+        return starts(x.shape[-2], window, stride), starts(x.shape[-1], window, stride)
 
     def _size(self, image: Tensor) -> tuple[int, int]:
         """What (3, H, W) is resized to."""
@@ -170,19 +176,14 @@ class WordSegmenter:
         factor = min(short / min(height, width), LONGEST * short / max(height, width))
         return max(1, round(height * factor)), max(1, round(width * factor))
 
-    def _windows(self, height: int, width: int) -> list[tuple[int, int]]:
-        window, stride = self.config.window or 0, self.config.stride or 0
-        return [(top, left) for top in starts(height, window, stride) for left in starts(width, window, stride)]
-
-    def _decide(self, image: Tensor, cosines: Tensor) -> Tensor:
-        """Class ids (H, W) of a picture (3, H, W) from cosines (M, h, w)."""
-        scores = F.interpolate(cosines[None], image.shape[-2:], mode="bilinear", align_corners=False)
+    def _decide(self, image: Tensor, scores: Tensor) -> Tensor:
+        """Class ids (H, W) of a picture (3, H, W) from cosines (M, H, W)."""
         if self.config.refine == "pamr":
-            scores = pamr(image[None].to(scores.device).float(), scores)
+            scores = pamr(image[None].to(scores.device).float(), scores[None])[0]
         owners, config = self.words.owners, self.config
         if not config.threshold and not config.area:
-            return owners[scores[0].argmax(0)]
-        shares = (scores[0] * config.scale).softmax(0)  # (M, H, W)
+            return owners[scores.argmax(0)]
+        shares = (scores * config.scale).softmax(0)  # (M, H, W)
         best = shares.new_zeros(len(self.classes), *shares.shape[1:])
         best.scatter_reduce_(0, owners[:, None, None].expand_as(shares), shares, "amax")
         if config.area:
@@ -193,6 +194,27 @@ class WordSegmenter:
             best[small] = 0
         share, ids = best.max(0)
         return ids.masked_fill(share < config.threshold, self.background or 0)
+
+
+def spread(begins: Sequence[int], window: int, stride: int, length: int, size: int, like: Tensor) -> Tensor:
+    """The matrix (size, windows · cells) from the cells of all windows along a side to pixels.
+
+    Cells of `stride` pixels are enlarged linearly and cut to the window, windows are placed at `begins` on `length` pixels and
+    averaged where they overlap, and that is resized to `size`.
+    """
+    cells = -(-window // stride)
+    one = _linear(cells, cells * stride, like)[:window]
+    placed, seen = like.new_zeros(length, len(begins) * cells), like.new_zeros(length, 1)
+    for i, begin in enumerate(begins):
+        placed[begin : begin + window, i * cells : (i + 1) * cells] = one
+        seen[begin : begin + window] += 1
+    return _linear(length, size, like) @ (placed / seen)
+
+
+def _linear(before: int, after: int, like: Tensor) -> Tensor:
+    """The matrix (after, before) of linear interpolation, as F.interpolate has it."""
+    unit = torch.eye(before, dtype=like.dtype, device=like.device)
+    return F.interpolate(unit[None], after, mode="linear", align_corners=False)[0].T
 
 
 def names_of(config: SegmentConfig, classes: Sequence[str]) -> Names:
