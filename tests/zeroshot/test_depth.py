@@ -245,6 +245,8 @@ def test_readings_outside_the_range_do_not_count(model: towers.Model, rooms: str
         (["words=[far]", "bins=data"], "one word gives one depth"),
         (["words=[far,near]", "bins=[2,1]"], "must be positive and rise"),
         (["method=tokens", "bins=[2,2]"], "must be positive and rise"),
+        (["words=[far,'']", "bins=[1,2]"], "is blank"),
+        (["stride=16"], "crop and stride are of test=slide"),
         (["lr=0.1"], "method=depthclip trains nothing: leave lr out"),
         (["labels=10"], "only bins=data looks at labels"),
         (["method=mirror", "temperature=1"], "temperature"),
