@@ -170,7 +170,7 @@ def attended(pool: Any, last: Tensor) -> Tensor:
     )  # (B, heads, 1 + h·w, C / heads)
     out = F.scaled_dot_product_attention(query[:, :, 1:], key, value).transpose(1, 2).flatten(2)
     projected: Tensor = pool.c_proj(out)
-    return projected.transpose(1, 2).unflatten(2, grid)
+    return projected.transpose(1, 2).reshape(len(last), -1, *grid)
 
 
 def quantile_bins(data: DenseData, config: DepthClipConfig) -> tuple[list[float], int, int]:
