@@ -32,7 +32,7 @@ TEXT = {"context_length": 16, "vocab_size": 49408, "width": 32, "layers": 2, "he
 QUICK: dict[str, Any] = {
     "batch": 8, "lr": 5e-3, "max_depth": 7, "flip": False, "split": "train", "save_every": 1000,
 }  # fmt: skip
-SMALL: dict[str, Any] = {"channels": 32, "tokens": 4, "deconvolutions": 2}
+SMALL: dict[str, Any] = {"channels": 16, "filters": 16, "tokens": 4, "deconvolutions": 1}
 
 
 def made(vision: dict[str, Any] = VISION, **text: Any) -> towers.Model:
@@ -154,7 +154,7 @@ def weights(module: Any) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("config", "learned"),
     [
-        (MirrorConfig(**QUICK, **SMALL, steps=80), ("mirror", "reduce", "film", "decoder")),
+        (MirrorConfig(**{**QUICK, "lr": 1e-2}, **SMALL, steps=50), ("mirror", "reduce", "film", "decoder")),
         (TokensConfig(**QUICK, steps=80, count=6, temperature=1.0), ("context", "words")),
     ],
     ids=["mirror", "tokens"],
@@ -245,6 +245,8 @@ def test_readings_outside_the_range_do_not_count(model: towers.Model, rooms: str
         (["words=[far]", "bins=data"], "one word gives one depth"),
         (["words=[far,near]", "bins=[2,1]"], "must be positive and rise"),
         (["method=tokens", "bins=[2,2]"], "must be positive and rise"),
+        (["words=[far,'']", "bins=[1,2]"], "is blank"),
+        (["stride=16"], "crop and stride are of test=slide"),
         (["lr=0.1"], "method=depthclip trains nothing: leave lr out"),
         (["labels=10"], "only bins=data looks at labels"),
         (["method=mirror", "temperature=1"], "temperature"),
@@ -288,7 +290,7 @@ def test_the_command_scores_trains_and_looks_at_pictures(
     assert f"Next: cutline zeroshot depth --model {run} --picture PICTURE" in done.stdout
     assert Result.read(tmp_path / "words").protocol.settings["method"] == "depthclip"
     assert (tmp_path / "words/samples.png").exists()
-    options = ("method=mirror", "steps=2", "batch=4", "channels=32", "max_depth=7")
+    options = ("method=mirror", "steps=2", "batch=4", "channels=16", "max_depth=7")
     done = here("zeroshot", "depth", "--model", run, "--data", rooms, "--out", str(tmp_path / "mirror"), *options)
     assert done.returncode == 0, done.stderr
     for source, found in ((run, DepthClip), (str(tmp_path / "mirror"), Mirror)):

@@ -4,8 +4,8 @@
 
 The patches are in the joint space: for OpenAI's ResNets every token of the attention pooling, as the paper has it (the
 released code takes the last stage's map with half of its channels, which is no joint space); for other towers
-`Encoder.project` of the last map, and of a timm tower that pools by attention each cell pooled alone. Maps are enlarged bilinearly to
-the picture's resolution.
+`Encoder.project` of the last map, and of a timm tower that pools by attention each cell pooled alone. Depth is enlarged
+bilinearly to the picture's resolution.
 
 The paper's bins are rooms': for another range give `bins` in metres, or "data" for quantiles of the training depth, which
 is a use of labels and is said in the protocol.
@@ -71,6 +71,10 @@ class DepthClipConfig(MetresConfig):
             raise ValueError(f"{len(self.words)} words and {len(self.bins)} bins: give a bin for each word")
         if len(self.words) < 2:
             raise ValueError("one word gives one depth everywhere: give two or more")
+        if not all(word.strip() for word in self.words):
+            raise ValueError(f"a word of {self.words} is blank")
+        if self.test == "whole" and (self.crop or self.stride):
+            raise ValueError("crop and stride are of test=slide: say that too, or leave them out")
         if self.labels is not None and self.bins != "data":
             raise ValueError("only bins=data looks at labels: leave labels out")
         for name in TRAINING:
@@ -80,6 +84,7 @@ class DepthClipConfig(MetresConfig):
 
 
 def rising(bins: list[float]) -> list[float]:
+    """The bins as they are; raises `ValueError` for fewer than two, and where they are no depths that rise."""
     if len(bins) < 2:
         raise ValueError("one bin gives one depth everywhere: give two or more")
     if bins[0] <= 0 or any(a >= b for a, b in pairwise(bins)):
@@ -165,7 +170,7 @@ def attended(pool: Any, last: Tensor) -> Tensor:
     )  # (B, heads, 1 + h·w, C / heads)
     out = F.scaled_dot_product_attention(query[:, :, 1:], key, value).transpose(1, 2).flatten(2)
     projected: Tensor = pool.c_proj(out)
-    return projected.transpose(1, 2).unflatten(2, grid)
+    return projected.transpose(1, 2).reshape(len(last), -1, *grid)
 
 
 def quantile_bins(data: DenseData, config: DepthClipConfig) -> tuple[list[float], int, int]:

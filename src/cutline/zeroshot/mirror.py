@@ -7,6 +7,7 @@
 Both towers are frozen; what is learned is m, the 1x1 convolution `reduce`, the linear layer and the decoder, by the
 scale-invariant loss. The paper's text gives neither widths nor the decoder's layers in full: here the decoder is the
 deconvolution head of the transfer depth task, so that the same head on the same frozen encoder says what the text path adds.
+c depends on no picture: once trained, γ and β are a scale and a shift of each channel, which `reduce` could have learned.
 """
 
 from collections.abc import Sequence
