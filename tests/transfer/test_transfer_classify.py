@@ -36,8 +36,8 @@ Make = Callable[..., Path]
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"head": "attentive"}, {"head": "attentive", "frozen": True}, {"head": "knn", "k": 1}],
-    ids=["fine-tuned", "attentive fine-tuned", "attentive probe", "knn"],
+    [{}, {"head": "cosine"}, {"head": "attentive"}, {"head": "attentive", "frozen": True}, {"head": "knn", "k": 1}],
+    ids=["fine-tuned", "cosine fine-tuned", "attentive fine-tuned", "attentive probe", "knn"],
 )
 def test_eight_pictures_are_learnt_to_the_last(folders: Make, encoder: Any, options: Any) -> None:
     training = {} if options.get("head") == "knn" else {"steps": 60, "lr": 2e-3, "layer_decay": 1.0, "scale": (1, 1)}

@@ -27,7 +27,7 @@ from cutline.zeroshot.adapt import Adapted, Unlabelled, adapt, fit, random_mask,
 from cutline.zeroshot.must import AdaptConfig
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "adapt"
-QUICK: dict[str, Any] = {"steps": 4, "batch": 4, "lr": 1e-3, "tau": 0.4, "prompts": "photo", "momentum_start": 0.9}
+QUICK: dict[str, Any] = {"steps": 4, "batch": 4, "lr": 1e-3, "tau": 0.36, "prompts": "photo", "momentum_start": 0.9}
 VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
 
 
@@ -121,7 +121,7 @@ def batch_of(data: DenseData, config: AdaptConfig, square: int = 1) -> must.Pict
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(model: towers.Model, data: DenseData) -> None:
     """With what the tower says computed by open_clip's own forward pass."""
-    it = adapted(model, fair=0.3, pixels=0.7, align=0.2, mask=0.4, tau=0.334)
+    it = adapted(model, fair=0.3, pixels=0.7, align=0.2, mask=0.4)
     batch = batch_of(data, it.config)
     loss = it.loss(batch)
     strong, weak = it.normalise(batch.strong), it.normalise(batch.weak)
@@ -136,7 +136,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(model: towers.Model, data: De
     pooled, patches = visual.ln_post(x[:, 0]) @ visual.proj, it.norm(x[:, 1:])
     logits = scale * F.normalize(pooled, dim=1) @ words.T
     p = logits.softmax(1)
-    sure = share > 0.334
+    sure = share > 0.36
     assert sure.any()
     terms = {"pseudo": F.cross_entropy(logits[sure], labels[sure]), "fair": -p.mean(0).log().mean()}
     pixels_said = it.decoder[0](patches.transpose(1, 2).reshape(4, 64, 4, 4))
@@ -199,6 +199,7 @@ def test_labels_of_the_training_pictures_change_nothing(model: towers.Model, pic
     config = AdaptConfig(**QUICK)
     one, two = (fit(model, without_labels(d, config), config, None, False).state_dict() for d in (data, wrong))
     assert all(torch.equal(one[k], two[k]) for k in one)
+    assert one["sure"]
 
 
 def test_a_folder_of_pictures_stands_in_for_the_train_split(pictures: Path, tmp_path: Path) -> None:
@@ -259,10 +260,14 @@ def test_two_processes_adapt_as_one(model: towers.Model, pictures: Path, tmp_pat
     on_two_processes(code, str(pictures), str(tmp_path / "two"), str(tmp_path / "store"), folder=tmp_path)
     joint = Result.read(tmp_path / "two")
     assert joint.metrics == pytest.approx(alone.metrics)
+    assert 0 < alone.metrics["sure"] < 1
     assert joint.protocol.column() == alone.protocol.column()
-    one, two = (towers.load(str(tmp_path / x)).state_dict() for x in ("one", "two"))
-    for name, a in one.items():
-        torch.testing.assert_close(a, two[name], rtol=1e-3, atol=2e-5, msg=name)
+    losses = [[json.loads(line)["loss"] for line in (tmp_path / x / "metrics.jsonl").read_text().splitlines()]
+              for x in ("one", "two")]  # fmt: skip
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    start, one, two = (m.state_dict() for m in (model, *(towers.load(str(tmp_path / x)) for x in ("one", "two"))))
+    for name, a in one.items():  # biases of keys have no gradient but rounding, of which Adam makes steps
+        assert (a - two[name]).norm() <= 0.05 * (a - start[name]).norm(), name
 
 
 def test_the_command_adapts_and_what_it_saves_is_used_again(
@@ -270,7 +275,7 @@ def test_the_command_adapts_and_what_it_saves_is_used_again(
 ) -> None:
     towers.save(model, tmp_path / "clip")
     command = ["zeroshot", "adapt", "--model", str(tmp_path / "clip"), "--data", f"imagefolder:{pictures}",
-               "--out", str(tmp_path / "run"), "steps=3", "batch=4", "lr=1e-3", "tau=0.4", "prompts=photo"]  # fmt: skip
+               "--out", str(tmp_path / "run"), "steps=3", "batch=4", "lr=1e-3", "tau=0.36", "prompts=photo"]  # fmt: skip
     done = here(*command)
     assert done.returncode == 0, done.stderr
     assert "zeroshot_top1" in done.stdout

@@ -191,7 +191,7 @@ def score(model: Adapted, data: DenseData) -> Result:
         views = stack_images([s.image for s in part])
         for prefix, kind in kinds.items():
             hits[prefix].update(kind.logits(views), truth)
-    metrics = {}
+    metrics: dict[str, float] = {}
     for prefix, found in hits.items():
         found.join()
         metrics |= {prefix + name: value for name, value in found.scores().items()}

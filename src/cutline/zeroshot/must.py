@@ -206,7 +206,7 @@ class Must(Transferred):
 
     def _map(self, patches: Tensor) -> Tensor:
         side = math.isqrt(patches.shape[1])
-        return patches.transpose(1, 2).unflatten(2, (side, side))
+        return patches.transpose(1, 2).reshape(len(patches), -1, side, side)
 
     def momentum(self) -> float:
         """m after the step that is being taken."""
