@@ -89,7 +89,11 @@ def load(folder: str | Path, device: str | torch.device = "cpu", overrides: Sequ
     path = folder_of(folder)
     try:
         content = describe(path)
-        encoder = _encoder(content["encoder"])
+        if content["kind"] not in TASKS:
+            raise DataError(
+                f"{str(path)!r} holds a {content['kind']} of `cutline zeroshot`, which is no transferred model."
+            )
+        encoder = stored_encoder(content["encoder"])
         model: Transferred
         if content["kind"] == "Segmenter":
             model = Segmenter(encoder, _config(SegmentConfig, content, overrides), content["classes"])
@@ -145,7 +149,8 @@ def describe(path: Path) -> dict[str, Any]:
     return content
 
 
-def _encoder(stored: dict[str, Any]) -> Encoder:
+def stored_encoder(stored: dict[str, Any]) -> Encoder:
+    """The encoder that `describe` tells of, with random weights."""
     if stored["model_cfg"]:
         model = build_tower(TowerConfig(custom=stored["model_cfg"]))
         model.visual.preprocess_cfg = stored["preprocess"]
