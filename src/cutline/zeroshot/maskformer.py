@@ -97,7 +97,7 @@ class MaskFormer(Pyramidal):
 
 
 class _Head(MaskFormerPreTrainedModel):  # type: ignore[no-untyped-call]
-    """Pixel decoder, transformer and the two MLPs of every query, with transformers' initial weights but for the queries'."""
+    """Pixel decoder, transformer and the two MLPs of every query, of transformers."""
 
     def __init__(self, config: Any, last: int, levels: tuple[int, ...], joint: int) -> None:
         width = config.channels
@@ -114,7 +114,11 @@ class _Head(MaskFormerPreTrainedModel):  # type: ignore[no-untyped-call]
         self.to_mask = MaskformerMLPPredictionHead(width, width, width)
         self.to_words = MaskformerMLPPredictionHead(width, width, joint, num_layers=2)
         self.post_init()  # type: ignore[no-untyped-call]
-        # MaskFormer's own, 1. transformers' 0.02 leaves the queries so alike that only dropout tells them apart.
+        # MaskFormer's own initial weights. With transformers' (0.02 for all) attention is even and the queries are alike,
+        # so that only dropout tells them apart, and they learn one mask between them.
+        for weight in self.transformer.decoder.parameters():
+            if weight.ndim > 1:
+                nn.init.xavier_uniform_(weight)
         nn.init.normal_(self.transformer.queries_embedder.weight)
 
     def forward(self, last: Tensor, levels: list[Tensor]) -> Proposals:

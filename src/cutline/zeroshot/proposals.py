@@ -249,6 +249,7 @@ def _measured(
         metrics |= {own + name: value for name, value in numbers(confusion).items()}
     iou = dict(zip(model.classes, confusions["ensemble"].iou().tolist(), strict=True))
     words = described([[c] for c in model.classes], config.prompts or ["learned"])
+    del words["prompts"]  # their number; the config's are the prompts themselves
     return Result(
         metrics=metrics | confusions["ensemble"].scores(),
         per_class={"iou": {name: value for name, value in iou.items() if value == value}},  # absent classes are NaN
