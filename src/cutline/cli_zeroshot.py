@@ -190,3 +190,31 @@ def adapt(
     result = run(model, data, config, folder, resume)
     if os.environ.get("RANK", "0") == "0":
         scored(result, folder, f"cutline transfer classify --encoder {folder} --predict PICTURE")
+
+
+@app.command()
+def proposals(
+    model: Model,
+    data: Annotated[str, typer.Option(help="kind:path, as for transfer segment.")],
+    overrides: Overrides = None,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint.")] = False,
+) -> None:
+    """Train a MaskFormer on the seen classes; it and the model segment seen and unseen ones (ZSSeg).
+
+    With a model that this command has trained, score it on other data, all of whose classes count as unseen.
+    """
+    from cutline.config import load
+    from cutline.errors import ConfigError
+    from cutline.zeroshot.proposals import ProposalsConfig, across, is_trained
+    from cutline.zeroshot.proposals import proposals as run
+
+    folder = out or folder_for(model, "proposals", data, overrides)
+    if is_trained(model):
+        if resume:
+            raise ConfigError("scoring trained proposals on other data cannot be resumed: leave --resume out.")
+        scored(across(model, data, list(overrides or []), folder), folder)
+        return
+    config = load(ProposalsConfig, None, list(overrides or []))
+    result = run(model, data, config, folder, resume)
+    scored(result, folder, f"cutline zeroshot proposals --model {folder} --data SPEC   (other data)")

@@ -26,7 +26,7 @@ from cutline.progress import progress
 from cutline.record import write_atomic
 from cutline.train.device import device_of
 from cutline.transfer import draw, masks
-from cutline.transfer.store import TASKS, describe, folder_of, load
+from cutline.transfer.store import describe, folder_of, load, task_of
 from cutline.transfer.targets import PICTURES
 
 BYTE = 255  # classes whose ids fit into 8 bits beside 255, which never counts
@@ -57,7 +57,7 @@ def predict(
     cannot be read is told and skipped. Raises `CutlineError`.
     """
     path = _model_folder(run, task)
-    kind = TASKS[describe(path)["kind"]]
+    kind = task_of(path, describe(path))
 
     def loaded() -> Any:
         model = load(path, overrides=["device=auto", *overrides])
@@ -99,7 +99,7 @@ def _model_folder(run: str | Path, task: str | None) -> Path:
             f"Train one first: cutline transfer {task or 'segment'} --encoder {run} --data SPEC."
         )  # fmt: skip
         raise DataError(f"{e} {hint}") from e
-    kind = TASKS[describe(path)["kind"]]
+    kind = task_of(path, describe(path))
     if task is not None and kind != task:
         raise ConfigError(f"{str(run)!r} is a model of {kind}: cutline transfer {kind} --encoder {run} --predict …")
     return path

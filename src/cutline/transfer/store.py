@@ -94,18 +94,19 @@ def load(folder: str | Path, device: str | torch.device = "cpu", overrides: Sequ
     path = folder_of(folder)
     try:
         content = describe(path)
+        task_of(path, content)
         kind, tensors = content["kind"], load_file(path / WEIGHTS)
         model: Transferred
         if kind == "Segmenter":
-            model = Segmenter(_encoder(content), config_of(SegmentConfig, content, overrides), content["classes"])
+            model = Segmenter(stored_encoder(content), config_of(SegmentConfig, content, overrides), content["classes"])
         elif kind == "DepthEstimator":
-            model = DepthEstimator(_encoder(content), config_of(DepthConfig, content, overrides))
+            model = DepthEstimator(stored_encoder(content), config_of(DepthConfig, content, overrides))
         elif kind == "Detector":
             objects = config_of(DetectConfig, content, overrides)
-            model = Detector(_encoder(content), objects, content["classes"], content["masks"])
+            model = Detector(stored_encoder(content), objects, content["classes"], content["masks"])
         elif kind == "Classifier":
             config = config_of(ClassifyConfig, content, overrides)
-            model = Classifier(_encoder(content), config, content["classes"], content["trained"])
+            model = Classifier(stored_encoder(content), config, content["classes"], content["trained"])
         else:
             model = LOADERS[kind](content, tensors, overrides)
         model.load_state_dict(tensors)
@@ -147,12 +148,16 @@ def describe(path: Path) -> dict[str, Any]:
     """What `transfer.json` in a folder says of the model: kind, config, classes, encoder. Raises `DataError`."""
     try:
         content: dict[str, Any] = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-        kind = content["kind"]
-    except (OSError, ValueError, KeyError) as e:
+    except (OSError, ValueError) as e:
         raise DataError(f"cannot read the transferred model in {str(path)!r}: {e}") from e
-    if kind not in TASKS:
-        raise DataError(f"{str(path)!r} is a model of words ({kind}): use it with cutline zeroshot depth --picture.")
     return content
+
+
+def task_of(path: Path, content: dict[str, Any]) -> str:
+    """The task of a model that `describe` told of; raises `DataError` for one that another room reads."""
+    if (kind := content.get("kind")) not in TASKS:
+        raise DataError(f"{str(path)!r} holds a {kind}, which is no transferred model: use it with cutline zeroshot.")
+    return TASKS[kind]
 
 
 def tower_of(content: dict[str, Any]) -> Model:
@@ -165,6 +170,7 @@ def tower_of(content: dict[str, Any]) -> Model:
     return model
 
 
-def _encoder(content: dict[str, Any]) -> Encoder:
+def stored_encoder(content: dict[str, Any]) -> Encoder:
+    """The encoder that `describe` tells of, with random weights."""
     taps = content["encoder"]["taps"]
     return wrap(tower_of(content), tuple(taps) if taps else None)

@@ -49,7 +49,9 @@ class Prefix:
         texts = [f"{WORD} " * tokens + f"{name}." for name in names]
         self.ids = tokenizer(texts)
         if tokenizer.truncated(texts, self.ids):
-            raise ConfigError(f"learn.tokens={tokens} leaves no room for the class names in this model's context. Lower it.")
+            raise ConfigError(
+                f"learn.tokens={tokens} leaves no room for the class names in this model's context. Lower it."
+            )
         self.ids = tokenizer.trimmed(self.ids).to(self.embedding.weight.device)
         word = self.ids[0, 1]
         first = 0 if self.ids[0, 0] == word else 1  # some tokenisers begin with a token of their own
@@ -77,7 +79,13 @@ class Prefix:
 
 
 def learn(
-    regions: Regions, config: LearnConfig, names: Sequence[str], seen: Tensor, split: Split, rows: Sequence[int], seed: int
+    regions: Regions,
+    config: LearnConfig,
+    names: Sequence[str],
+    seen: Tensor,
+    split: Split,
+    rows: Sequence[int],
+    seed: int,
 ) -> Tensor:
     """Vectors (tokens, W) learned from crops of the seen classes of `rows`; names: of all classes, seen (K,) which they are."""
     features, labels = _crops(regions, split, rows, config.steps * config.batch, seed)
@@ -96,9 +104,9 @@ def learn(
             logits = SCALE * features[chosen] @ prefix(vectors).T
             loss = F.cross_entropy(logits, labels[chosen])
             optimiser.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
-            tick(1, f"loss {float(loss):.3f}")
+            tick(1, f"loss {loss.item():.3f}")
     return vectors.detach().cpu()
 
 
@@ -110,7 +118,7 @@ def _crops(regions: Regions, split: Split, rows: Sequence[int], most: int, seed:
         for place in order:
             sample = split.read(rows[place])
             target = torch.from_numpy(sample.target).long()
-            classes = target.unique()
+            classes = target.unique()  # type: ignore[no-untyped-call]
             classes = classes[classes >= 0]
             image = torch.from_numpy(sample.image).permute(2, 0, 1)
             features.append(regions.embed(image, target == classes[:, None, None]).cpu())

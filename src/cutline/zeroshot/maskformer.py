@@ -33,7 +33,7 @@ from cutline.transfer.metrics import IGNORE
 from cutline.transfer.model import Pyramidal
 from cutline.zeroshot.regions import SCALE, Regions
 
-GROUPS = 32  # of transformers' group norms
+MULTIPLE = 64  # of channels: two in each of 32 group norms, since one value of a tiny picture has no variance
 HEADS = 8
 
 
@@ -57,8 +57,8 @@ class MaskFormer(Pyramidal):
     def __init__(
         self, encoder: Any, config: Any, classes: list[str], texts: Tensor, seen: Tensor, vectors: Tensor
     ) -> None:
-        if config.channels % GROUPS:
-            raise ConfigError(f"channels={config.channels} is no multiple of {GROUPS}, as MaskFormer's norms need.")
+        if config.channels % MULTIPLE:
+            raise ConfigError(f"channels={config.channels} is no multiple of {MULTIPLE}, as MaskFormer's norms need.")
         widths = encoder.channels
         levels = pyramid.build(config.pyramid, encoder.patch, encoder.strides, widths, config.pyramid_channels)
         super().__init__(encoder, levels, config.frozen)
@@ -96,8 +96,8 @@ class MaskFormer(Pyramidal):
         return F.pad(targets, (0, width - targets.shape[2], 0, height - targets.shape[1]), value=IGNORE)
 
 
-class _Head(MaskFormerPreTrainedModel):
-    """Pixel decoder, transformer and the two MLPs of every query, with transformers' initial weights."""
+class _Head(MaskFormerPreTrainedModel):  # type: ignore[no-untyped-call]
+    """Pixel decoder, transformer and the two MLPs of every query, of transformers."""
 
     def __init__(self, config: Any, last: int, levels: tuple[int, ...], joint: int) -> None:
         width = config.channels
@@ -113,7 +113,13 @@ class _Head(MaskFormerPreTrainedModel):
         self.transformer = MaskFormerTransformerModule(last, self.config)
         self.to_mask = MaskformerMLPPredictionHead(width, width, width)
         self.to_words = MaskformerMLPPredictionHead(width, width, joint, num_layers=2)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
+        # MaskFormer's own initial weights. With transformers' (0.02 for all) attention is even and the queries are alike,
+        # so that only dropout tells them apart, and they learn one mask between them.
+        for weight in self.transformer.decoder.parameters():
+            if weight.ndim > 1:
+                nn.init.xavier_uniform_(weight)
+        nn.init.normal_(self.transformer.queries_embedder.weight)
 
     def forward(self, last: Tensor, levels: list[Tensor]) -> Proposals:
         pixels = self.pixels([m.contiguous() for m in levels]).last_hidden_state  # (B, C, h, w)
@@ -157,6 +163,6 @@ class SeenLoss(nn.Module):
     @staticmethod
     def _masks(target: Tensor) -> tuple[Tensor, Tensor]:
         """The classes (n,) of a map (H, W), and the pixels of each (n, H, W)."""
-        found = target.unique()
+        found = target.unique()  # type: ignore[no-untyped-call]
         found = found[found != IGNORE]
         return found, (target == found[:, None, None]).float()

@@ -9,20 +9,21 @@ and a CLIP say together which class each is, seen or not. In Python:
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from cutline import towers
-from cutline.errors import DataError
+from cutline.config import apply, check
+from cutline.errors import ConfigError, DataError
 from cutline.objectives.gather import world
 from cutline.record import Result, fingerprint
 from cutline.towers.encoder import Encoder
@@ -38,6 +39,7 @@ from cutline.transfer.options import DenseConfig, SplitName, autocast, seeded
 from cutline.transfer.prepared import PreparedDense
 from cutline.transfer.run import finished, run
 from cutline.transfer.scoring import protocol, read_along, scored_rows, shown
+from cutline.transfer.store import WEIGHTS, describe, folder_of, stored_encoder
 from cutline.zeroshot.learned import LearnConfig, Prefix, learn
 from cutline.zeroshot.maskformer import MaskFormer, SeenLoss
 from cutline.zeroshot.prompts import described, prompts
@@ -46,6 +48,9 @@ from cutline.zeroshot.texts import open_joint, text_classifier
 from cutline.zeroshot.unseen import scores, zero_shot
 
 STAGES = ("ensemble", "maskformer", "clip")
+CLIP = "clip"  # folder of it beside the weights
+LOOKS = ("threshold", "weight", "short", "split", "pictures", "batch", "precision", "device")  # of a trained model
+ACROSS = ("threshold=0.4", "weight=0.5")
 
 
 class ProposalsConfig(DenseConfig):
@@ -53,7 +58,7 @@ class ProposalsConfig(DenseConfig):
 
     backbone: of MaskFormer, what `load_encoder` takes; None is the CLIP's own image tower. unseen: names of classes,
     "scenes", "voc" or "cocostuff" for a split of `unseen.SPLITS`, None for the data's own. prompts: a set or file of them,
-    None is "photo". learn: learn a prompt instead. queries, layers: of the decoder. mask, dice, no_object: weights of the
+    None is "openai", ImageNet's 80. learn: learn a prompt instead. queries, layers: of the decoder. mask, dice, no_object: weights of the
     loss. threshold: of a mask's probability, for its region. weight: of MaskFormer for seen classes, of CLIP for unseen.
     layer_decay: the share of `lr` that the backbone learns at.
     """
@@ -121,7 +126,7 @@ def fit(
     """
     start = start_of(model, config)
     opened, seen = zero_shot(open_data(data, "segment"), config.unseen)
-    templates = None if config.learn else prompts(config.prompts or "photo")
+    templates = None if config.learn else prompts(config.prompts or "openai")
     config = config.model_copy(update={"unseen": opened.notes["unseen"], "prompts": templates})
     prepared = PreparedDense(config, opened, max(start.encoder.channels))
     prepared.rows = [row for row in prepared.rows if (prepared.split.read(row).target != IGNORE).any()]
@@ -147,7 +152,7 @@ def fit(
     made.labels, made.skipped = len(prepared.rows), prepared.skipped
     made.regions = regions
     if out is not None and world()[0] == 0:
-        towers.save(start.clip, out / "model" / "clip")
+        towers.save(start.clip, out / "model" / CLIP)
     return made
 
 
@@ -194,32 +199,104 @@ def predict(
 def score(model: MaskFormer, data: str | DenseData, split: SplitName | None = None) -> Result:
     """hiou, seen_miou, unseen_miou, miou, macc and accuracy of the ensemble, shares of 1; the first three of each stage
     alone, as maskformer_… and clip_…; and iou by class. On `split` or the config's own."""
-    begun = time.monotonic()
-    config = model.config.model_copy(update={"split": split or model.config.split})
-    opened, seen = zero_shot(open_data(data, "segment"), config.unseen)
+    opened, seen = zero_shot(open_data(data, "segment"), model.config.unseen)
     if opened.classes != model.classes:
         raise DataError(f"{opened.spec} has other classes than the model was trained on ({', '.join(model.classes)}).")
-    part, rows, skipped = scored_rows(config, opened)
+    return _measured(model, opened, "proposals", split, lambda confusion: scores(confusion, seen))
+
+
+def across(folder: str | Path, data: str | DenseData, overrides: Sequence[str] = (), out: Path | None = None) -> Result:
+    """A trained model's miou, macc and accuracy on other data, all of whose classes count as unseen; and each stage's.
+
+    overrides: key=value of the options in `LOOKS`; the paper's threshold=0.4 and weight=0.5 where they say nothing else.
+    """
+    opened = open_data(data, "segment")
+    model = load(folder, overrides=[*ACROSS, *overrides])
+    model.to(device_of(model.config.device))
+    model.classes = opened.classes
+    model.texts = texts_of(model.regions.clip, opened.classes, model.config.prompts, model.vectors).to(
+        model.texts.device
+    )
+    model.seen = torch.zeros(len(opened.classes), dtype=torch.bool, device=model.texts.device)
+    result = _measured(model, opened, "segment", None, Confusion.scores)
+    if out is not None:
+        result.write(out)
+        _draw(model, opened, out / "samples.png")
+    return result
+
+
+def _measured(
+    model: MaskFormer,
+    data: DenseData,
+    task: str,
+    split: SplitName | None,
+    numbers: Callable[[Confusion], dict[str, float]],
+) -> Result:
+    """What `numbers` says of every stage, and of the ensemble its usual scores too."""
+    begun = time.monotonic()
+    config = model.config.model_copy(update={"split": split or model.config.split})
+    part, rows, skipped = scored_rows(config, data)
     confusions = {stage: Confusion(len(model.classes)) for stage in STAGES}
     model.eval()
     for images, targets in by_shape(((s.image, s.target) for s in read_along(part, rows)), config.batch):
         for maps, target in zip(class_maps(model, images), targets, strict=True):
             for stage, confusion in confusions.items():
                 confusion.update(maps[stage].argmax(0).cpu(), torch.from_numpy(target))
-    metrics = {}
+    metrics: dict[str, float] = {}
     for stage, confusion in confusions.items():
         confusion.join()
         own = "" if stage == "ensemble" else f"{stage}_"
-        metrics |= {own + name: value for name, value in scores(confusion, seen).items()}
+        metrics |= {own + name: value for name, value in numbers(confusion).items()}
     iou = dict(zip(model.classes, confusions["ensemble"].iou().tolist(), strict=True))
-    made = protocol("proposals", config, opened, model, len(rows), skipped,
-                    **described([[c] for c in model.classes], config.prompts or ["learned"]))  # fmt: skip
+    words = described([[c] for c in model.classes], config.prompts or ["learned"])
+    del words["prompts"]  # their number; the config's are the prompts themselves
     return Result(
         metrics=metrics | confusions["ensemble"].scores(),
         per_class={"iou": {name: value for name, value in iou.items() if value == value}},  # absent classes are NaN
-        protocol=made,
+        protocol=protocol(task, config, data, model, len(rows), skipped, **words),
         seconds=time.monotonic() - begun,
     )
+
+
+def _draw(model: MaskFormer, data: DenseData, path: Path) -> None:
+    from cutline.transfer.draw import class_grid
+
+    samples = shown(model.config, data)
+    class_grid(path, samples, predict(model, [s.image for s in samples]), model.classes)
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu", overrides: Sequence[str] = ()) -> MaskFormer:
+    """The model that `proposals` left in `folder`, with its CLIP, in eval mode; raises `DataError`.
+
+    overrides: key=value of the options in `LOOKS`; others are a `ConfigError`.
+    """
+    path = folder_of(folder)
+    content = describe(path)
+    if content["kind"] != MaskFormer.__name__:
+        raise DataError(f"{str(path)!r} holds a {content['kind']} and no proposals. Make some with zeroshot proposals.")
+    for item in overrides:
+        if item.partition("=")[0] not in LOOKS:
+            raise ConfigError(f"{item!r} is no option of trained proposals: {', '.join(LOOKS)} can be changed.")
+    try:
+        config = check(ProposalsConfig, apply(content["config"], overrides, ProposalsConfig), given=overrides)
+        tensors = load_file(path / WEIGHTS)
+        parts = [tensors[name] for name in ("texts", "seen", "vectors")]
+        model = MaskFormer(stored_encoder(content), config, content["classes"], *parts)
+        model.load_state_dict(tensors)
+    except (OSError, ValueError, KeyError, RuntimeError) as e:
+        raise DataError(f"cannot read the proposals in {str(path)!r}: {e}") from e
+    model.source, model.source_hash = content["encoder"]["name"], content["encoder"]["hash"]
+    model.labels, model.skipped = content["trained"], content["skipped"]
+    model.regions = Regions(towers.load(str(path / CLIP), device))
+    return model.to(device).eval()
+
+
+def is_trained(folder: str) -> bool:
+    """Whether `folder` is what `proposals` left."""
+    try:
+        return bool(describe(folder_of(folder))["kind"] == MaskFormer.__name__)
+    except DataError:
+        return False
 
 
 def proposals(
@@ -237,14 +314,11 @@ def proposals(
     opened, start = open_data(data, "segment"), start_of(model, config)
     if resume and out is not None and (out / "result.json").exists():
         chosen, _ = zero_shot(opened, config.unseen)
-        templates = None if config.learn else prompts(config.prompts or "photo")
+        templates = None if config.learn else prompts(config.prompts or "openai")
         asked = config.model_copy(update={"unseen": chosen.notes["unseen"], "prompts": templates})
         return finished(out, asked, chosen, start.hash)
 
     def draw(made: MaskFormer, path: Path) -> None:
-        from cutline.transfer.draw import class_grid
-
-        samples = shown(made.config, zero_shot(opened, made.config.unseen)[0])
-        class_grid(path, samples, predict(made, [s.image for s in samples]), made.classes)
+        _draw(made, zero_shot(opened, made.config.unseen)[0], path)
 
     return run(fit, score, draw, start, opened, config, out, resume)

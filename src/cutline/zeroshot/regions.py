@@ -40,7 +40,7 @@ class Regions:
         """Unit vectors (V, D) of the regions masks (V, H, W), bool, of one uint8 picture (3, H, W); none may be empty."""
         device = next(self.clip.parameters()).device
         x = (image.to(device).float() / 255 - self.mean.to(device)) / self.std.to(device)
-        parts = crops(x, masks.to(device), self.size).split(CROPS)
+        parts = crops(x, masks.to(device), self.size).split(CROPS)  # type: ignore[no-untyped-call]
         return torch.cat([self.clip.encode_image(part, normalize=True).float() for part in parts])
 
     def probabilities(self, image: Tensor, masks: Tensor, texts: Tensor) -> tuple[Tensor, Tensor]:

@@ -92,4 +92,8 @@ def scores(confusion: Confusion, seen: Tensor) -> dict[str, float]:
     2 · seen · unseen / (seen + unseen). NaN where either has no class to judge."""
     iou = confusion.iou()
     known, other = iou[seen].nanmean().item(), iou[~seen].nanmean().item()
-    return {"hiou": 2 * known * other / (known + other) if known + other else 0.0, "seen_miou": known, "unseen_miou": other}
+    return {
+        "hiou": 2 * known * other / (known + other) if known + other else 0.0,
+        "seen_miou": known,
+        "unseen_miou": other,
+    }
