@@ -57,27 +57,33 @@ class EmbeddedText(nn.Module):
         self.model.requires_grad_(False)
         self.register_buffer("ids", ids)
         self.register_buffer("first", torch.tensor(first))
-        self.width = int(_embedding(model).weight.shape[1])
+        self.width = int(embedding_of(model).weight.shape[1])
         self.train()
 
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
 
     def forward(self, vectors: Tensor) -> Tensor:
-        start, end = int(self.first), int(self.first) + vectors.shape[1]
-
-        def put(module: nn.Module, inputs: Any, found: Tensor) -> Tensor:
-            return torch.cat([found[:, :start], vectors.to(found.dtype), found[:, end:]], 1)
-
-        handle = _embedding(self.model).register_forward_hook(put)
-        try:
-            out: Tensor = self.model.encode_text(self.ids.expand(len(vectors), -1), normalize=True)
-        finally:
-            handle.remove()
-        return out
+        return encode_with(self.model, self.ids.expand(len(vectors), -1), vectors, int(self.first))
 
 
-def _embedding(model: Any) -> Any:
+def encode_with(model: Any, ids: Tensor, vectors: Tensor, first: int) -> Tensor:
+    """Unit vectors (M, D) of token ids (M, T) with vectors (M, n, W), or (1, n, W) for all, in place of the embeddings of n
+    tokens from place `first` on; differentiably."""
+
+    def put(module: nn.Module, inputs: Any, found: Tensor) -> Tensor:
+        middle = vectors.to(found.dtype).expand(len(found), -1, -1)
+        return torch.cat([found[:, :first], middle, found[:, first + vectors.shape[1] :]], 1)
+
+    handle = embedding_of(model).register_forward_hook(put)
+    try:
+        out: Tensor = model.encode_text(ids, normalize=True)
+    finally:
+        handle.remove()
+    return out
+
+
+def embedding_of(model: Any) -> Any:
     """The layer that turns token ids into vectors."""
     tower = getattr(model, "text", model)
     return tower.token_embedding if hasattr(tower, "token_embedding") else tower.transformer.get_input_embeddings()

@@ -6,9 +6,7 @@ CoOp (2109.01134) on regions, as ZSSeg has it (2112.14757, section 3.3): crops a
 training pictures, SGD trains the vectors alone, and unseen names go behind the same vectors.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from cutline.errors import ConfigError, CutlineError
 from cutline.progress import progress
 from cutline.train.optim import schedule, set_lr
 from cutline.transfer.data import Split
+from cutline.zeroshot.embedded import embedding_of, encode_with
 from cutline.zeroshot.regions import SCALE, Regions
 
 WORD = "x"  # one token, in whose place a vector goes
@@ -40,11 +39,10 @@ class LearnConfig(Config):
 
 
 class Prefix:
-    """The texts of some classes behind `tokens` vectors. Raises `CutlineError` for a text tower that takes no vectors, and
-    where the context is too short."""
+    """The texts of some classes behind `tokens` vectors. Raises `CutlineError` where the context is too short."""
 
     def __init__(self, model: towers.Model, names: Sequence[str], tokens: int) -> None:
-        self.model, self.embedding = model, _embedding(model)
+        self.model, self.embedding = model, embedding_of(model)
         tokenizer = towers.Tokenizer(model)
         texts = [f"{WORD} " * tokens + f"{name}." for name in names]
         self.ids = tokenizer(texts)
@@ -54,28 +52,13 @@ class Prefix:
             )
         self.ids = tokenizer.trimmed(self.ids).to(self.embedding.weight.device)
         word = self.ids[0, 1]
-        first = 0 if self.ids[0, 0] == word else 1  # some tokenisers begin with a token of their own
-        self.place = slice(first, first + tokens)
-        if not (self.ids[:, self.place] == word).all():
+        self.first = 0 if self.ids[0, 0] == word else 1  # some tokenisers begin with a token of their own
+        if not (self.ids[:, self.first : self.first + tokens] == word).all():
             raise CutlineError(f"the tokeniser of {model.name} does not make one token of {WORD!r}: leave learn out.")
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """vectors (tokens, W) → unit vectors (names, D), differentiably."""
-        with self._in_place(vectors):
-            return self.model.encode_text(self.ids, normalize=True).float()
-
-    @contextmanager
-    def _in_place(self, vectors: Tensor) -> Iterator[None]:
-        def replace(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
-            begin, end = self.place.start, self.place.stop
-            middle = vectors.to(output.dtype).expand(len(output), -1, -1)
-            return torch.cat([output[:, :begin], middle, output[:, end:]], 1)
-
-        handle = self.embedding.register_forward_hook(replace)
-        try:
-            yield
-        finally:
-            handle.remove()
+        return encode_with(self.model, self.ids, vectors[None], self.first).float()
 
 
 def learn(
@@ -128,10 +111,3 @@ def _crops(regions: Regions, split: Split, rows: Sequence[int], most: int, seed:
             if count >= most:
                 break
     return torch.cat(features), torch.cat(labels)
-
-
-def _embedding(model: towers.Model) -> nn.Embedding:
-    found = getattr(model, "token_embedding", None) or getattr(getattr(model, "text", None), "token_embedding", None)
-    if not isinstance(found, nn.Embedding):
-        raise CutlineError(f"the text tower of {model.name} takes no vectors in place of words: leave learn out.")
-    return found
