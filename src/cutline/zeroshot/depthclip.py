@@ -31,6 +31,7 @@ from cutline.transfer.data import DenseData
 from cutline.transfer.depth import DepthModel, MetresConfig, check_readings
 from cutline.transfer.prepared import PreparedDense
 from cutline.transfer.pyramid import LastMap
+from cutline.zeroshot.dense import DenseTower
 from cutline.zeroshot.prompts import class_names, described, prompts
 from cutline.zeroshot.texts import text_classifier
 
@@ -140,21 +141,14 @@ class DepthClip(JointDepth):
         self.notes = {**described(names, templates), "truncated": texts.truncated}
 
 
-def joint_map(encoder: Any, images: Tensor) -> Tensor:
+def joint_map(encoder: Encoder, images: Tensor) -> Tensor:
     """The patches of normalised pictures in the joint space, not normalised: (B, 3, H, W) → (B, D, h, w).
 
     Raises `CutlineError` for a tower whose patches have no place there.
     """
-    last = encoder.last(images)
     if isinstance(encoder, ResNetEncoder):
-        return attended(encoder.visual.attnpool, last)
-    trunk: Any = getattr(encoder.visual, "trunk", None)
-    if getattr(trunk, "attn_pool", None) is None:
-        joint: Tensor = encoder.project(last)
-        return joint
-    cells = last.movedim(1, -1).flatten(0, 2)
-    pooled: Tensor = getattr(encoder.visual, "head", nn.Identity())(trunk.head(trunk.attn_pool(cells[:, None])))
-    return pooled.view(len(last), *last.shape[2:], -1).movedim(-1, 1)
+        return attended(encoder.visual.attnpool, encoder.last(images))
+    return DenseTower(encoder, "plain")(images)
 
 
 def attended(pool: Any, last: Tensor) -> Tensor:
