@@ -178,6 +178,7 @@ def test_the_command_scores_data_and_names_one_picture(here, model, pictures, tm
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("name", ["ViT-B-16", "ViT-B-16-SigLIP"])
 def test_architectures_with_real_weights_load_and_run(name, pictures, tmp_path):
     torch.manual_seed(0)
