@@ -215,7 +215,7 @@ def adapt(
     and a grid of predictions. resume: go on from the last checkpoint there; a finished run's result is given back."""
     start, opened = open_joint(model, device_of(config.device)), without_labels(open_data(data, "classify"), config)
     if resume and out is not None and (out / "result.json").exists():
-        return finished(out, config, opened, towers.load_encoder(start))
+        return finished(out, config, opened, towers.load_encoder(start).hash)
 
     def draw(adapted: Adapted, path: Path) -> None:
         from cutline.transfer.draw import name_grid

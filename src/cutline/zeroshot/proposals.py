@@ -43,6 +43,7 @@ from cutline.transfer.store import WEIGHTS, describe, folder_of, stored_encoder
 from cutline.zeroshot.learned import LearnConfig, Prefix, learn
 from cutline.zeroshot.maskformer import MaskFormer, SeenLoss
 from cutline.zeroshot.prompts import described, prompts
+from cutline.zeroshot.readable import readable
 from cutline.zeroshot.regions import Regions, class_map, ensemble
 from cutline.zeroshot.texts import open_joint, text_classifier
 from cutline.zeroshot.unseen import scores, zero_shot
@@ -136,7 +137,7 @@ def fit(
     regions = Regions(start.clip.to(device))
     vectors = torch.empty(0, 0)
     if config.learn is not None:
-        vectors = learn(regions, config.learn, opened.classes, seen, prepared.split, prepared.rows, config.seed)
+        vectors = learn(regions, config.learn, said(opened.classes), seen, prepared.split, prepared.rows, config.seed)
     with seeded(settled):
         texts = texts_of(start.clip, opened.classes, templates, vectors)
         made = MaskFormer(start.encoder, settled, opened.classes, texts, seen, vectors).to(device)
@@ -156,12 +157,17 @@ def fit(
     return made
 
 
+def said(names: Sequence[str]) -> list[str]:
+    """Class names as one would say them, one a class: a proposal's words have no synonyms."""
+    return [synonyms[0] for synonyms in readable(names)]
+
+
 def texts_of(clip: towers.Model, names: Sequence[str], templates: Sequence[str] | None, vectors: Tensor) -> Tensor:
     """Unit vectors (K, D) of class names, in prompts or, without any, behind the learned vectors (tokens, W)."""
     if templates is not None:
-        return text_classifier(clip, [[name] for name in names], templates).weights
+        return text_classifier(clip, [[name] for name in said(names)], templates).weights
     with torch.no_grad():
-        return Prefix(clip, names, len(vectors))(vectors.to(next(clip.parameters()).device)).cpu()
+        return Prefix(clip, said(names), len(vectors))(vectors.to(next(clip.parameters()).device)).cpu()
 
 
 @torch.no_grad()
@@ -248,7 +254,7 @@ def _measured(
         own = "" if stage == "ensemble" else f"{stage}_"
         metrics |= {own + name: value for name, value in numbers(confusion).items()}
     iou = dict(zip(model.classes, confusions["ensemble"].iou().tolist(), strict=True))
-    words = described([[c] for c in model.classes], config.prompts or ["learned"])
+    words = described([[name] for name in said(model.classes)], config.prompts or ["learned"])
     del words["prompts"]  # their number; the config's are the prompts themselves
     return Result(
         metrics=metrics | confusions["ensemble"].scores(),

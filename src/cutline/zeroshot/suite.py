@@ -27,6 +27,8 @@ from cutline.zeroshot.texts import open_joint
 TASKS = {
     "classify": ("classify.ClassifyConfig", "classify.classify"),
     "retrieve": ("retrieve.RetrieveConfig", "retrieve.retrieve"),
+    "segment": ("segment.SegmentConfig", "segment.segment"),
+    "depth": ("depthclip.DepthClipConfig", "depth.depth"),
 }
 
 
