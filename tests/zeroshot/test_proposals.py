@@ -243,7 +243,7 @@ def test_a_run_is_written_loaded_and_scored_on_other_data(
     assert proposals(source, data, config(), out, resume=True) == result  # finished: nothing is trained
     with pytest.raises(ConfigError, match="another config, encoder or data"):
         proposals(source, data, config(lr=1e-4), out, resume=True)
-    with pytest.raises(DataError, match="MaskFormer of `cutline zeroshot`"):
+    with pytest.raises(DataError, match="holds a MaskFormer, which is no transferred model"):
         transfer.load(out)
     other = here("zeroshot", "proposals", "--model", str(out), "--data", "scenes:n=2,size=48", "pictures=2")
     assert other.returncode == 0, other.stderr

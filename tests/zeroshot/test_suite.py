@@ -97,4 +97,4 @@ def test_what_is_wrong_in_a_suite_is_told(suite, model, pictures, tmp_path, old,
 
 
 def test_the_suites_of_recipes_are_read():
-    assert [len(load_suite(path, ["root=/data"]).tasks) for path in sorted(SUITES.glob("*.yaml"))] == [32, 5]
+    assert [len(load_suite(path, ["root=/data"]).tasks) for path in sorted(SUITES.glob("*.yaml"))] == [32, 7]
