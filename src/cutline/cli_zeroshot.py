@@ -72,7 +72,7 @@ def classify(
     given = config.model_fields_set - {"prompts", "device"}
     if given:
         raise ConfigError(f"{', '.join(sorted(given))} is of --data: one picture takes prompts= and device= alone.")
-    folder = out or folder_for(model, "zeroshot-classify", str(picture), overrides)
+    folder = out or folder_for(model, "zeroshot-classify", str(picture), [*(overrides or []), f"names={classes}"])
     for name, share in list(name_picture(model, picture, classes, config, folder).items())[:5]:
         print(f"{share:6.1%}  {name}")
     done(folder / f"{picture.stem}.png")
@@ -134,8 +134,9 @@ def segment(
     options = [*(overrides or []), *([f"names={classes}"] if classes else [])]
     folder = out or folder_for(model, "zeroshot-segment", data or str(picture), options)
     if picture is not None:
-        done(draw_picture(model, picture, config, folder))
-        return
+        if idle := {"split", "pictures"} & config.model_fields_set:
+            raise ConfigError(f"{', '.join(sorted(idle))} is of --data: leave it out.")
+        return done(draw_picture(model, picture, config, folder))
     then = f"cutline zeroshot segment --model {model} --picture FILE --classes 'a red apple; grass; sky'"
     scored(run(model, str(data), config, folder), folder, then)
 
@@ -143,7 +144,10 @@ def segment(
 @app.command()
 def depth(
     model: Annotated[
-        str, typer.Option(help="A run directory, name:pretrained of open_clip, or a model of this command.")
+        str,
+        typer.Option(
+            help="A run directory or name:pretrained of open_clip; with --picture also a model of this command."
+        ),
     ],
     data: Annotated[str | None, typer.Option(help="What to score on, and to train on: kind:path.")] = None,
     picture: Annotated[list[Path] | None, typer.Option(help="Instead of --data: a picture or a folder.")] = None,
@@ -160,6 +164,8 @@ def depth(
     if (data is None) == (not picture):
         raise ConfigError("give --data KIND:PATH to score, or --picture PICTURE to look at one, and not both.")
     if data is None:
+        if resume:
+            raise ConfigError("--picture trains nothing: leave --resume out.")
         report = predict(model, picture or [], given, out or folder_for(model, "zeroshot-depth", "pictures", overrides))
         print(f"Pictures predicted: {len(report.written):,}")
         return done(report.folder)
@@ -217,4 +223,5 @@ def proposals(
         return
     config = load(ProposalsConfig, None, list(overrides or []))
     result = run(model, data, config, folder, resume)
-    scored(result, folder, f"cutline zeroshot proposals --model {folder} --data SPEC   (other data)")
+    if os.environ.get("RANK", "0") == "0":
+        scored(result, folder, f"cutline zeroshot proposals --model {folder} --data SPEC   (other data)")

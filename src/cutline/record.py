@@ -43,6 +43,11 @@ def slug(name: str) -> str:
 
 def fingerprint(*parts: Any) -> str:
     """Sixteen hex digits of the SHA-256 of the JSON of `parts` (or of raw bytes)."""
+    return fingerprint_of(parts)
+
+
+def fingerprint_of(parts: Iterable[Any]) -> str:
+    """The same of parts that are made one by one, such as the bytes of weights."""
     h = hashlib.sha256()
     for p in parts:
         h.update(p if isinstance(p, bytes) else json.dumps(p, sort_keys=True, default=str).encode())

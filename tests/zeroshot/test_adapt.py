@@ -327,8 +327,8 @@ def test_towers_that_cannot_be_masked_and_options_without_a_use_are_told(data: D
             fit(build(**vision), data, config, None, False)
     with pytest.raises(ConfigError, match="mask_patch=12 must be a multiple"):
         fit(build(), data, config.model_copy(update={"mask_patch": 12}), None, False)
-    with pytest.raises(ConfigError, match="names 2 classes, and .* has 3"):
-        fit(build(), data, config.model_copy(update={"classes": "a; b"}), None, False)
+    with pytest.raises(ConfigError, match="names has 2 classes, and .* has 3"):
+        fit(build(), data, config.model_copy(update={"names": "a; b"}), None, False)
     for wrong in ({"labels": 3}, {"frozen": True}, {"ema": 0.9}):
         with pytest.raises(ConfigError, match="reads no label"):
             check(AdaptConfig, wrong)

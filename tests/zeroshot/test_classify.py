@@ -172,7 +172,8 @@ def test_the_command_scores_data_and_names_one_picture(here, model, pictures, tm
     assert Path("seen/photo.png").stat().st_size > 1000
     for wrong, message in (([], "--classes"), (["--classes", "a; b", "names=a"], "names is of --data"),
                            (["--classes", " ; "], "there is no class"), (["--classes", "a; A"], "both called 'A'"),
-                           (["--classes", "a", "prompts=[a photo]"], "must hold {} once")):  # fmt: skip
+                           (["--classes", "a, b"], "is one class"),
+                           (["--classes", "a; b", "prompts=[a photo]"], "must hold {} once")):  # fmt: skip
         done = here(*command, *wrong)
         assert (done.returncode, message in done.stderr) == (1, True), done.stderr
 

@@ -8,7 +8,7 @@ from cutline import towers
 from cutline.errors import ConfigError, CutlineError
 from cutline.towers.config import TowerConfig
 from cutline.zeroshot import texts
-from cutline.zeroshot.prompts import class_names, prompts
+from cutline.zeroshot.prompts import class_names, prompts, spoken
 from cutline.zeroshot.texts import TextClassifier, open_joint, text_classifier
 
 
@@ -41,6 +41,12 @@ def test_two_classes_of_one_name_and_no_class_are_refused():
         class_names("sky; tree; Sky")
     with pytest.raises(ConfigError, match="there is no class"):
         class_names(" ; ")
+
+
+def test_a_class_whose_name_is_blank_is_refused_and_no_other_takes_its_place():
+    with pytest.raises(ConfigError, match="class 2 of 3 has no name"):
+        spoken(["red_apple", "_", "sky"])
+    assert spoken(["red_apple", "sky"]) == [["red apple"], ["sky"]]
 
 
 def test_prompts_without_a_place_for_the_name_and_missing_files_are_refused(tmp_path):

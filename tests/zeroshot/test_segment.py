@@ -104,7 +104,7 @@ def test_uncertain_pixels_and_small_classes_are_background(model):
     segmenter = words(model, threshold=0.3, area=0.4, **options)
     pixels = torch.from_numpy(image).permute(2, 0, 1)
     with torch.no_grad():
-        cosines = segmenter._each(pixels[None])[0]
+        cosines = next(segmenter._each(pixels[None]))
     shares = (30 * cosines).softmax(0)
     best = torch.stack([shares[:2].amax(0), shares[2], shares[3:].amax(0)])
     first = best.argmax(0)

@@ -5,7 +5,7 @@ from typing import Any
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from torch import nn
 
-from cutline.record import fingerprint
+from cutline.record import fingerprint_of
 from cutline.towers.model import Model
 from cutline.towers.store import preprocess_of
 
@@ -17,6 +17,5 @@ def test_transform(model: Model) -> Any:
 
 def weights_hash(model: nn.Module) -> str:
     """Fingerprint of all weights, both towers."""
-    return fingerprint(
-        *(part for k, v in model.state_dict().items() for part in (k, v.cpu().contiguous().numpy().tobytes()))
-    )
+    tensors = model.state_dict().items()
+    return fingerprint_of(part for k, v in tensors for part in (k, v.cpu().contiguous().numpy().tobytes()))

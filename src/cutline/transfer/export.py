@@ -18,6 +18,7 @@ from cutline.errors import CutlineError, DataError
 from cutline.towers import export as towers
 from cutline.towers.pictures import weights_hash
 from cutline.towers.programs import Format, Pictures, Program, pictures_of, write
+from cutline.towers.store import CONFIG_NAME
 from cutline.transfer.classify import Classifier
 from cutline.transfer.depth import DepthEstimator
 from cutline.transfer.detector import Detector
@@ -31,8 +32,10 @@ def export(run: str | Path, out: str | Path, to: str, size: tuple[int, int] | No
     `CutlineError`.
     """
     try:
-        folder_of(run)
+        adapted = (folder_of(run) / CONFIG_NAME).exists()  # a CLIP beside its classifier (`zeroshot.adapt`)
     except DataError:
+        return towers.export(str(run), out, to, size)
+    if adapted and to not in ("onnx", "torch_export"):
         return towers.export(str(run), out, to, size)
     towers.check_format(to, size)
     if to not in ("onnx", "torch_export"):

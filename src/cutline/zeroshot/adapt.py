@@ -1,6 +1,6 @@
 """Adapting an image–text encoder to a set of classes by pictures without labels; the method is `must`. In Python:
 
-    adapt("runs/mine", "imagefolder:pictures", AdaptConfig(classes="names.txt"), Path("adapted"))
+    adapt("runs/mine", "imagefolder:pictures", AdaptConfig(names="names.txt"), Path("adapted"))
     transfer.load("adapted").predict([picture])       # the adapted classifier
     towers.load("adapted")                            # the adapted image tower beside the text tower
 
@@ -28,6 +28,7 @@ from cutline import towers
 from cutline.errors import ConfigError, DataError
 from cutline.objectives.gather import world
 from cutline.record import Result, fingerprint, hash_files
+from cutline.towers.pictures import weights_hash
 from cutline.train.device import device_of
 from cutline.transfer import store
 from cutline.transfer.batches import THREADS, ahead, stack_images
@@ -42,7 +43,7 @@ from cutline.transfer.scoring import grouped, protocol, read_along, scored_rows,
 from cutline.transfer.targets import PICTURES, read_image
 from cutline.transfer.views import Square, Views
 from cutline.zeroshot.must import AdaptConfig, Must, Pictures, check_tower
-from cutline.zeroshot.prompts import Names, class_names, described, prompts
+from cutline.zeroshot.prompts import Names, class_names, described, prompts, spoken
 from cutline.zeroshot.texts import open_joint, text_classifier
 
 NOTHING = np.zeros((), np.int64)  # where a picture's class would be
@@ -57,6 +58,7 @@ class Adapted(Must):
         # Of a class with several names the mean: a linear classifier has no best one.
         vectors = torch.zeros(len(names), words.weights.shape[1]).index_add(0, words.owners, words.weights)
         super().__init__(encoder, F.normalize(vectors, dim=1), float(start.logit_scale.detach().exp()), config)
+        self.source_hash = weights_hash(start)  # both towers: a run goes on with these words alone
         self.start = (encoder, start)  # in a tuple: not a part of this module
         self.words = copy.deepcopy(self.head.state_dict())
         self.classes, self.names = list(classes), names
@@ -151,11 +153,17 @@ def without_labels(data: DenseData, config: AdaptConfig) -> DenseData:
     return replace(data, splits={**data.splits, "train": split}, fingerprint=contents)
 
 
+def names_of(data: DenseData, config: AdaptConfig) -> Names:
+    """Of each class of the data its names. Raises `ConfigError` where there are more or fewer."""
+    names = spoken(data.classes) if config.names is None else class_names(config.names)
+    if len(names) != len(data.classes):
+        raise ConfigError(f"names has {len(names)} classes, and {data.spec} has {len(data.classes)}.")
+    return names
+
+
 def fit(start: towers.Model, data: DenseData, config: AdaptConfig, out: Path | None, resume: bool) -> Adapted:
     """Train on the train split of `without_labels`. The model's `config` has its steps filled in."""
-    names = class_names(data.classes if config.classes is None else config.classes)
-    if len(names) != len(data.classes):
-        raise ConfigError(f"classes names {len(names)} classes, and {data.spec} has {len(data.classes)}.")
+    names = names_of(data, config)
     prepared = Prepared(config, data)
     if config.steps is None:
         prepared.steps = max(1, config.epochs * len(prepared.rows) // config.batch)
@@ -215,7 +223,10 @@ def adapt(
     and a grid of predictions. resume: go on from the last checkpoint there; a finished run's result is given back."""
     start, opened = open_joint(model, device_of(config.device)), without_labels(open_data(data, "classify"), config)
     if resume and out is not None and (out / "result.json").exists():
-        return finished(out, config, opened, towers.load_encoder(start).hash)
+        result = finished(out, config, opened, weights_hash(start))
+        if result.protocol.settings["words"] != described(names_of(opened, config), prompts(config.prompts)):
+            raise ConfigError(f"{out} holds a finished run of other names or prompts. Choose another --out for these.")
+        return result
 
     def draw(adapted: Adapted, path: Path) -> None:
         from cutline.transfer.draw import name_grid

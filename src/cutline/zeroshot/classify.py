@@ -33,7 +33,7 @@ from cutline.transfer.classes import apart
 from cutline.transfer.data import SKIP_SHARE, DenseData, Skip, Split, open_data, tell_skipped
 from cutline.transfer.metrics import Hits
 from cutline.transfer.scoring import grouped
-from cutline.zeroshot.prompts import Names, class_names, described, prompts
+from cutline.zeroshot.prompts import Names, class_names, described, prompts, several, spoken
 from cutline.zeroshot.texts import TextClassifier, open_joint, text_classifier
 
 SHOWN = 12  # pictures in samples.png
@@ -75,7 +75,7 @@ def names_of(config: ClassifyConfig, data: DenseData) -> Names:
             print(f"The classes of {data.spec} are called 0, 1, …: unless pictures show digits, say names=FILE.",
                   file=sys.stderr)  # fmt: skip
         try:
-            return class_names(own)
+            return spoken(data.classes)
         except ConfigError as e:
             raise ConfigError(f"{data.spec}: {e} Write all of them into names=FILE, a class a line.") from e
     names = class_names(config.names)
@@ -183,7 +183,7 @@ def name_picture(
     """
     loaded = open_joint(model, device_of(config.device)).eval()
     device = next(loaded.parameters()).device
-    classifier = text_classifier(loaded, class_names(names), prompts(config.prompts or PROMPTS)).to(device)
+    classifier = text_classifier(loaded, several(names), prompts(config.prompts or PROMPTS)).to(device)
     try:
         image = decode(picture.read_bytes())
     except OSError as e:
@@ -191,7 +191,8 @@ def name_picture(
     x = loaded.encode_image(test_transform(loaded)(Image.fromarray(image))[None].to(device), normalize=True).float()
     shares = (loaded.logit_scale.exp() * classifier(x)[0]).softmax(0).cpu().numpy()
     order = np.argsort(-shares, kind="stable")
-    found = {classifier.classes[i]: float(shares[i]) for i in order}
+    apart_names = apart(classifier.classes)
+    found = {apart_names[i]: float(shares[i]) for i in order}
     best = list(found)[:BEST]
     draw.share_picture(out / f"{picture.stem}.png", image, best, [found[name] for name in best])
     write_atomic(out / f"{picture.stem}.json", json.dumps(found, ensure_ascii=False, indent=2).encode())

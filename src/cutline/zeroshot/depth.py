@@ -113,18 +113,24 @@ def predict(
 ) -> Predicted:
     """Depth of pictures (files, or folders of them) into `out`, as `transfer.predict` writes it: with a model that was trained
     (its folder), or with DepthCLIP on what `towers.load` takes. Raises `CutlineError`."""
-    try:
-        store.folder_of(model)
-    except DataError:
+    if not _trained(model):
         config = config_for(overrides)
         if not isinstance(config, DepthClipConfig):
             raise ConfigError(
                 f"{model!r} holds no trained model of method={config.method}: train one with --data SPEC first, and give its "
                 "folder as --model."
-            ) from None
+            )
         folder = out or Path("runs") / "pictures"
         return predict_with(lambda: _words(open_joint(model), config, None), "depth", pictures, folder)
     return predict_stored(model, pictures, out, overrides, "depth")
+
+
+def _trained(model: str) -> bool:
+    """Whether the folder holds a model of depth; one that holds another may be an adapted CLIP."""
+    try:
+        return store.TASKS.get(store.describe(store.folder_of(model))["kind"]) == "depth"
+    except DataError:
+        return False
 
 
 def _load(content: dict[str, Any], tensors: dict[str, Tensor], overrides: Sequence[str]) -> transfer.DepthModel:

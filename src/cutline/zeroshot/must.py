@@ -47,7 +47,7 @@ UNUSED = ("frozen", "labels", "ema")
 class AdaptConfig(TransferConfig):
     """Options of `adapt`, beside those of all tasks; the defaults suit a data set of thousands of pictures on few cores.
 
-    prompts, classes: as `zeroshot.prompts` takes them; classes are by default the data's names. unlabelled: a folder of
+    prompts, names: as `zeroshot.prompts` takes them; names are by default the data's own. unlabelled: a folder of
     pictures to learn from, in place of the data's train split. tau: τ. mask: share of a picture that is masked, in squares of
     `mask_patch` pixels (default: two patches), 0 for none. fair, pixels, align: weights of the terms. momentum_start, momentum,
     momentum_steps: m_0, m_1 and when it is reached. scale, operations, magnitude: of the strong view. steps: default `epochs`
@@ -57,7 +57,7 @@ class AdaptConfig(TransferConfig):
     """
 
     prompts: str | list[str] = "openai"
-    classes: str | list[str] | None = None
+    names: str | list[str] | None = None
     unlabelled: str | None = None
     epochs: int = Field(20, ge=1)
     batch: int = Field(64, ge=2)
@@ -91,8 +91,10 @@ class AdaptConfig(TransferConfig):
         for name in UNUSED:
             if getattr(self, name):
                 raise ValueError(f"MUST trains the whole tower, reads no label and has a teacher: leave {name} out")
-        if not self.mask and self.mask_patch:
-            raise ValueError("mask=0 masks nothing: leave mask_patch out")
+        fields = type(self).model_fields
+        idle = [n for n in ("mask_patch", "pixels", "align") if getattr(self, n) != fields[n].default]
+        if not self.mask and idle:
+            raise ValueError(f"mask=0 masks nothing: leave {', '.join(idle)} out")
         return self
 
 

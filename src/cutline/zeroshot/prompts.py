@@ -54,8 +54,23 @@ def class_names(given: str | Sequence[str]) -> Names:
         lines = given.split(";") if ";" in given or not _is_path(given) else _lines(given, "classes", "imagenet")
         names = [[name.strip() for name in line.split(",") if name.strip()] for line in lines]
     else:
-        names = [[name.strip()] if name.strip() else [] for name in given]
+        names = [[name.strip()] for name in given]
+        if [""] in names:
+            raise ConfigError(f"class {names.index(['']) + 1} of {len(names)} has no name. Give it one.")
     return unique([n for n in names if n])
+
+
+def spoken(classes: Sequence[str]) -> Names:
+    """The names of a data set's classes as `class_names` has them, with spaces for underscores."""
+    return class_names([name.replace("_", " ") for name in classes])
+
+
+def several(given: str | Sequence[str]) -> Names:
+    """`class_names`, of two classes or more: to choose from one says nothing."""
+    names = class_names(given)
+    if len(names) < 2:
+        raise ConfigError(f"{given!r} is one class. Name two or more, parted by semicolons: 'a dog; grass, lawn; sky'.")
+    return names
 
 
 def unique(names: Names, double: bool = False) -> Names:
@@ -73,7 +88,7 @@ def unique(names: Names, double: bool = False) -> Names:
 
 def _is_path(given: str) -> bool:
     """Whether one word is meant as a file and not as a class."""
-    return Path(given).suffix in (".txt", ".csv") or Path(given).is_file()
+    return "," not in given and (Path(given).suffix in (".txt", ".csv") or Path(given).is_file())
 
 
 def _lines(path: str, what: str, known: str) -> list[str]:

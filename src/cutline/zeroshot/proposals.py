@@ -43,7 +43,7 @@ from cutline.transfer.store import WEIGHTS, describe, folder_of, stored_encoder
 from cutline.zeroshot.learned import LearnConfig, Prefix, learn
 from cutline.zeroshot.maskformer import MaskFormer, SeenLoss
 from cutline.zeroshot.prompts import described, prompts
-from cutline.zeroshot.readable import readable
+from cutline.zeroshot.readable import BEHIND, readable
 from cutline.zeroshot.regions import Regions, class_map, ensemble
 from cutline.zeroshot.texts import open_joint, text_classifier
 from cutline.zeroshot.unseen import scores, zero_shot
@@ -97,7 +97,6 @@ class Start:
 
     clip: towers.Model
     encoder: Encoder
-    name: str
 
     @property
     def hash(self) -> str:
@@ -111,7 +110,7 @@ def start_of(model: str | towers.Model | Start, config: ProposalsConfig) -> Star
     clip = open_joint(model)
     with seeded(config):
         encoder = load_encoder(clip if config.backbone is None else config.backbone)
-    return Start(clip, encoder, model if isinstance(model, str) else "model")
+    return Start(clip, encoder)
 
 
 def fit(
@@ -159,7 +158,8 @@ def fit(
 
 def said(names: Sequence[str]) -> list[str]:
     """Class names as one would say them, one a class: a proposal's words have no synonyms."""
-    return [synonyms[0] for synonyms in readable(names)]
+    # The list of what is behind objects would make one word of it the background's.
+    return [name if name == BEHIND else s[0] for name, s in zip(names, readable(names), strict=True)]
 
 
 def texts_of(clip: towers.Model, names: Sequence[str], templates: Sequence[str] | None, vectors: Tensor) -> Tensor:
@@ -182,11 +182,12 @@ def class_maps(model: MaskFormer, images: Tensor) -> Iterator[dict[str, Tensor]]
     small = images if shape == size else torch.stack([resize_image(i, shape) for i in images])
     with autocast(config)():
         found = model.propose(model.normalise(small.to(device)))
-    masks = model.full_masks(found.masks[-1], shape)
-    if shape != size:
-        masks = F.interpolate(masks, size, mode="bilinear", align_corners=False)
     p_mf = model.class_logits(found.queries[-1], model.texts).softmax(-1)[..., :-1]
-    for image, mask, p in zip(images, masks.sigmoid(), p_mf, strict=True):
+    for image, logits, p in zip(images, found.masks[-1], p_mf, strict=True):
+        mask = model.full_masks(logits[None], shape)
+        if shape != size:
+            mask = F.interpolate(mask, size, mode="bilinear", align_corners=False)
+        mask = mask[0].sigmoid()
         p_clip, valid = model.regions.probabilities(image, mask > config.threshold, model.texts)
         both = ensemble(p, p_clip, model.seen, config.weight)
         parts = {"ensemble": both, "maskformer": p, "clip": p_clip * valid[:, None]}
@@ -218,7 +219,9 @@ def across(folder: str | Path, data: str | DenseData, overrides: Sequence[str] =
     """
     opened = open_data(data, "segment")
     model = load(folder, overrides=[*ACROSS, *overrides])
-    model.to(device_of(model.config.device))
+    device = device_of(model.config.device)
+    model.to(device)
+    model.regions.clip.to(device)
     model.classes = opened.classes
     model.texts = texts_of(model.regions.clip, opened.classes, model.config.prompts, model.vectors).to(
         model.texts.device

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from cutline.zeroshot.prompts import Names, unique
 
+BEHIND = "background"
 BACKGROUND = (
     "sky", "wall", "tree", "wood", "grass", "road", "sea", "river", "mountain", "sands", "desk", "bed", "building", "cloud",
     "lamp", "door", "window", "wardrobe", "ceiling", "shelf", "curtain", "stair", "floor", "hill", "rail", "fence",
@@ -28,11 +29,11 @@ def readable(classes: Sequence[str]) -> Names:
     """Of each class its synonyms. Raises `ConfigError` where two come to one name."""
     names = [list(SAID.get(name, (_said(name),))) for name in classes]
     flat = {name for synonyms in names for name in synonyms}
-    if "background" in flat and not flat & STUFF:
-        behind = [name for name in BACKGROUND if name not in flat]
-        change = {"background": behind, "person": list(PERSON)}
-        names = [change.get(synonyms[0], synonyms) for synonyms in names]
-    return unique(names)
+    objects = BEHIND in flat and not flat & STUFF
+    change = {BEHIND: [name for name in BACKGROUND if name not in flat]} if objects else {}
+    if objects or "pottedplant" in classes:  # VOC's 20 have no background, and SCLIP's list of them people in clothes
+        change["person"] = list(PERSON)
+    return unique([change.get(synonyms[0], synonyms) for synonyms in names])
 
 
 def _said(name: str) -> str:

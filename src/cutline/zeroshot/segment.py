@@ -12,7 +12,7 @@ Shapes: B pictures, M names, K classes, D joint width.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,7 +38,7 @@ from cutline.transfer.options import SplitName
 from cutline.transfer.predict import write_classes
 from cutline.transfer.scoring import grouped, read_along, scored_rows, shown
 from cutline.zeroshot.dense import DenseTower, Method
-from cutline.zeroshot.prompts import Names, class_names, described, prompts
+from cutline.zeroshot.prompts import Names, class_names, described, prompts, several
 from cutline.zeroshot.readable import readable
 from cutline.zeroshot.refine import pamr
 from cutline.zeroshot.texts import open_joint, text_classifier
@@ -134,14 +134,15 @@ class WordSegmenter:
                 found.append(self._decide(image, cosines).cpu().numpy())
         return found
 
-    def _each(self, images: Tensor) -> list[Tensor]:
+    def _each(self, images: Tensor) -> Iterator[Tensor]:
         """`cosines` of uint8 pictures (B, 3, H, W) at their size, as many at once as their windows fill a batch."""
         small = torch.stack([resize_image(i, self._size(i)) for i in images.to(self.device)])
         x = (small.float() - self.mean) / self.std
         rows, columns = self._starts(x)
         each = max(1, self.config.batch // (len(rows) * len(columns)))
         size = (images.shape[2], images.shape[3])
-        return [one for part in torch.split(x, each) for one in self.cosines(part, size)]
+        for part in torch.split(x, each):
+            yield from self.cosines(part, size)
 
     def cosines(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """Normalised pictures (B, 3, h, w) → the cosine of every name at every pixel of pictures of `size`: (B, M, H, W).
@@ -276,7 +277,7 @@ def draw_picture(model: str, picture: Path, config: SegmentConfig, out: Path) ->
         image = decode(picture.read_bytes())
     except OSError as e:
         raise DataError(f"cannot read the picture {str(picture)!r}: {e.strerror}. Check the path.") from e
-    words = WordSegmenter(open_joint(model, device_of(config.device)), class_names(config.names), config)
+    words = WordSegmenter(open_joint(model, device_of(config.device)), several(config.names), config)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "classes.txt", "\n".join(words.classes).encode())
     write_classes(words, image, out, picture.stem)

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from cutline import towers
 from cutline.config import Config, check, load
 from cutline.errors import ConfigError, CutlineError
-from cutline.record import Result, slug, write_atomic
+from cutline.record import Result, digest, slug, write_atomic
 from cutline.towers.pictures import weights_hash
 from cutline.train.device import device_of
 from cutline.zeroshot.retrieve import held_out
@@ -114,9 +114,9 @@ def run(
             try:
                 score = _named(TASKS[entry.task][1])
                 result: Result = score(loaded, suite.data(name), entry.build(suite.device), out=folder)
-            except (CutlineError, OSError) as e:
-                failed[model, name] = str(e)
-                say(f"  {name} FAILED: {e}")
+            except Exception as e:  # whatever it is, the others go on, and the table says which is missing
+                failed[model, name] = str(e) if isinstance(e, CutlineError) else f"{type(e).__name__}: {e}"
+                say(f"  {name} FAILED: {failed[model, name]}")
                 continue
             say(f"  {name}: " + ", ".join(f"{k} {v:.3f}" for k, v in list(result.metrics.items())[:3]))
         del loaded
@@ -141,6 +141,9 @@ def _record(suite: Suite, name: str, model: towers.Model) -> dict[str, Any]:
     """All that the score of an entry is of."""
     entry = suite.tasks[name]
     config = entry.build().model_dump(mode="json", exclude={"device"})
+    for key in ("names", "prompts"):  # words count by what is in their file
+        if isinstance(config.get(key), str) and Path(config[key]).is_file():
+            config[key] += f" {digest(config[key]).hex()[:16]}"
     return {"task": entry.task, "data": suite.data(name), "config": config, "weights": weights_hash(model)}
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from cutline import towers
 from cutline.errors import CutlineError
 from cutline.progress import progress
-from cutline.record import fingerprint, write_atomic
+from cutline.record import fingerprint, fingerprint_of, write_atomic
 from cutline.zeroshot.prompts import Names
 
 BATCH = 512  # texts a step
@@ -67,7 +67,8 @@ def text_classifier(model: towers.Model, names: Names, templates: Sequence[str])
     """
     owners = torch.tensor([i for i, synonyms in enumerate(names) for _ in synonyms])
     flat = [name for synonyms in names for name in synonyms]
-    path = _folder() / f"{fingerprint(_text_hash(model), flat, list(templates))}.safetensors"
+    tokens = towers.Tokenizer(model)(flat).tolist()  # what the tokeniser makes of the names stands for all that it is
+    path = _folder() / f"{fingerprint(_text_hash(model), tokens, flat, list(templates))}.safetensors"
     found = _read(path)
     if found is None:
         found = _embed(model, flat, templates)
@@ -100,9 +101,9 @@ def _embed(model: towers.Model, names: Sequence[str], templates: Sequence[str]) 
 
 
 def _text_hash(model: towers.Model) -> str:
-    """Fingerprint of all that a text embedding depends on: the weights beside the image tower's, and the tokeniser."""
-    parts = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
-    weights = fingerprint(*(p for k, v in parts.items() for p in (k, v.cpu().contiguous().numpy().tobytes())))
+    """Fingerprint of all that a text embedding depends on beside its tokens: the weights but for the image tower's, and the config."""
+    parts = ((k, v) for k, v in model.state_dict().items() if not k.startswith("visual."))
+    weights = fingerprint_of(p for k, v in parts for p in (k, v.cpu().contiguous().numpy().tobytes()))
     return fingerprint(weights, model.model_cfg.get("text_cfg"), bool(model.model_cfg.get("quick_gelu")))
 
 

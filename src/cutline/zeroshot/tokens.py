@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from cutline.towers.encoder import Encoder
@@ -49,6 +49,12 @@ class TokensConfig(MetresConfig):
     def learned(self) -> int:
         """Vectors of one text."""
         return self.context + 1
+
+    @model_validator(mode="after")
+    def _counted(self) -> "TokensConfig":
+        if isinstance(self.bins, list) and self.count != type(self).model_fields["count"].default:
+            raise ValueError("bins in metres are counted already: leave count out")
+        return self
 
     def metres(self) -> list[float]:
         """The bins in metres."""
