@@ -274,7 +274,9 @@ def test_the_command_adapts_and_what_it_saves_is_used_again(
     model: towers.Model, pictures: Path, tmp_path: Path, here: Callable[..., Any]
 ) -> None:
     towers.save(model, tmp_path / "clip")
-    command = ["zeroshot", "adapt", "--model", str(tmp_path / "clip"), "--data", f"imagefolder:{pictures}",
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(open_data(f"imagefolder:{pictures}", "classify").classes))
+    command = ["zeroshot", "adapt", "--model", str(tmp_path / "clip"), "--data", f"imagefolder:{pictures}", f"names={names}",
                "--out", str(tmp_path / "run"), "steps=3", "batch=4", "lr=1e-3", "tau=0.36", "prompts=photo"]  # fmt: skip
     done = here(*command)
     assert done.returncode == 0, done.stderr
@@ -303,6 +305,9 @@ def test_the_command_adapts_and_what_it_saves_is_used_again(
     assert all(k.startswith("visual.") for k in moved)  # the text tower and its temperature are as they were
     assert here(*command, "--resume").returncode == 0
     assert "another config" in here(*command, "fair=0.5", "--resume").stderr
+    names.write_text("a\nb\nc")
+    assert "other names or prompts" in here(*command, "--resume").stderr
+    assert here("export", str(tmp_path / "run"), str(tmp_path / "clip-again"), "--to", "open_clip").returncode == 0
 
 
 @pytest.mark.parametrize("name", ["imagenet", "sun397", "food101", "gtsrb", "dtd", "ucf101", "scenes"])

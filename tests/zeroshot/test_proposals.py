@@ -24,7 +24,7 @@ from cutline.transfer.metrics import IGNORE, Confusion
 from cutline.transfer.targets import class_names
 from cutline.zeroshot.learned import LearnConfig, Prefix, learn
 from cutline.zeroshot.maskformer import MaskFormer, Proposals, SeenLoss
-from cutline.zeroshot.proposals import ProposalsConfig, across, class_maps, fit, load, predict, proposals, score
+from cutline.zeroshot.proposals import ProposalsConfig, across, class_maps, fit, load, predict, proposals, said, score
 from cutline.zeroshot.regions import Regions, class_map, crops, ensemble
 from cutline.zeroshot.texts import text_classifier
 from cutline.zeroshot.unseen import scores, split_of, zero_shot
@@ -223,6 +223,10 @@ def test_resume_after_a_kill_gives_the_same_model(clip, data, tmp_path, monkeypa
     for (name, a), b in zip(whole.state_dict().items(), resumed.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     assert len(resumed.vectors) == 2
+
+
+def test_a_class_is_said_by_one_name_and_the_background_by_its_own() -> None:
+    assert said(["background", "aeroplane", "pottedplant"]) == ["background", "aeroplane", "potted plant"]
 
 
 def test_a_run_is_written_loaded_and_scored_on_other_data(
