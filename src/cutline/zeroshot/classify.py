@@ -22,7 +22,6 @@ from torch import Tensor
 from cutline import towers
 from cutline.config import Config
 from cutline.errors import ConfigError, DataError
-from cutline.pairs.decode import decode
 from cutline.progress import progress
 from cutline.record import Protocol, Result, write_atomic
 from cutline.towers.pictures import test_transform, weights_hash
@@ -33,6 +32,7 @@ from cutline.transfer.classes import apart
 from cutline.transfer.data import SKIP_SHARE, DenseData, Skip, Split, open_data, tell_skipped
 from cutline.transfer.metrics import Hits
 from cutline.transfer.scoring import grouped
+from cutline.zeroshot.encode import read_picture
 from cutline.zeroshot.prompts import Names, class_names, described, prompts, several, spoken
 from cutline.zeroshot.texts import TextClassifier, open_joint, text_classifier
 
@@ -184,10 +184,7 @@ def name_picture(
     loaded = open_joint(model, device_of(config.device)).eval()
     device = next(loaded.parameters()).device
     classifier = text_classifier(loaded, several(names), prompts(config.prompts or PROMPTS)).to(device)
-    try:
-        image = decode(picture.read_bytes())
-    except OSError as e:
-        raise DataError(f"cannot read the picture {str(picture)!r}: {e.strerror}. Check the path.") from e
+    image = read_picture(picture)
     x = loaded.encode_image(test_transform(loaded)(Image.fromarray(image))[None].to(device), normalize=True).float()
     shares = (loaded.logit_scale.exp() * classifier(x)[0]).softmax(0).cpu().numpy()
     order = np.argsort(-shares, kind="stable")

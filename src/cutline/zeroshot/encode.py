@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from cutline import towers
@@ -108,3 +111,13 @@ def _texts(row: dict[str, Any], columns: Sequence[str]) -> list[str]:
         value = row[column]
         found += [value] if isinstance(value, str) else list(value or [])
     return [t for t in found if t.strip()]
+
+
+def read_picture(path: Path) -> NDArray[np.uint8]:
+    """(H, W, 3), upright. Raises `CutlineError` for a file that is not there or is no picture."""
+    from cutline.pairs.decode import decode
+
+    try:
+        return decode(path.read_bytes())
+    except OSError as e:
+        raise DataError(f"cannot read the picture {str(path)!r}: {e.strerror}. Check the path.") from e

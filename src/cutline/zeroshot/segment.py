@@ -26,7 +26,6 @@ from torch.nn import functional as F
 from cutline import towers
 from cutline.config import Config, check
 from cutline.errors import ConfigError, DataError
-from cutline.pairs.decode import decode
 from cutline.record import Protocol, Result, write_atomic
 from cutline.towers.pictures import weights_hash
 from cutline.train.device import device_of
@@ -38,12 +37,12 @@ from cutline.transfer.options import SplitName
 from cutline.transfer.predict import write_classes
 from cutline.transfer.scoring import grouped, read_along, scored_rows, shown
 from cutline.zeroshot.dense import DenseTower, Method
+from cutline.zeroshot.encode import read_picture
 from cutline.zeroshot.prompts import Names, class_names, described, prompts, several
-from cutline.zeroshot.readable import readable
+from cutline.zeroshot.readable import BEHIND, readable
 from cutline.zeroshot.refine import pamr
 from cutline.zeroshot.texts import open_joint, text_classifier
 
-BACKGROUND = "background"
 LONGEST = 8  # times the short side: a picture that is longer is resized to less
 
 
@@ -111,10 +110,10 @@ class WordSegmenter:
         self.device = next(model.parameters()).device
         self.config = config.fitted(encoder.size)
         self.names, self.classes = names, list(classes or [synonyms[0] for synonyms in names])
-        self.background = self.classes.index(BACKGROUND) if BACKGROUND in self.classes else None
+        self.background = self.classes.index(BEHIND) if BEHIND in self.classes else None
         if (config.threshold or config.area) and self.background is None:
             raise ConfigError(
-                f"threshold and area give pixels to the class {BACKGROUND!r}, and there is none among "
+                f"threshold and area give pixels to the class {BEHIND!r}, and there is none among "
                 f"{', '.join(self.classes[:8])}. Leave them out, or name such a class."
             )
         proxy = None if config.proxy is None else towers.load_encoder(config.proxy).to(self.device).eval()
@@ -273,10 +272,7 @@ def segment(model: towers.Model | str, data: str | DenseData, config: SegmentCon
 def draw_picture(model: str, picture: Path, config: SegmentConfig, out: Path) -> Path:
     """The map of a picture for the classes `config.names`: NAME.png with a legend, NAME.ids.png, and classes.txt.
     Returns the drawing. Raises `DataError` for a file that is no picture."""
-    try:
-        image = decode(picture.read_bytes())
-    except OSError as e:
-        raise DataError(f"cannot read the picture {str(picture)!r}: {e.strerror}. Check the path.") from e
+    image = read_picture(picture)
     words = WordSegmenter(open_joint(model, device_of(config.device)), several(config.names), config)
     out.mkdir(parents=True, exist_ok=True)
     write_atomic(out / "classes.txt", "\n".join(words.classes).encode())
