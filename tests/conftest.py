@@ -3,23 +3,15 @@
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from processes import Done
 
 from cutline.cli import main
 
 torch.set_num_threads(1)  # small tensors: threads cost more than they give
-
-
-class Done(NamedTuple):
-    """What a command left: its exit code and what it wrote."""
-
-    returncode: int
-    stdout: str
-    stderr: str
 
 
 REAL = Path(__file__).parents[2] / "shared" / "data"

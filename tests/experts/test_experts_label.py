@@ -1,8 +1,5 @@
 """`cutline label`: experts of transformers and of our own, what is stored, normals, kills, and errors."""
 
-import signal
-import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,7 +13,7 @@ import transformers as hf
 import yaml
 from objectives_made import rows_of
 from PIL import Image
-from processes import run_cutline
+from processes import run_cutline, start
 
 from cutline.captions import engine
 from cutline.errors import ConfigError, DataError
@@ -182,12 +179,11 @@ def test_an_own_run_labels_scenes_through_kills_and_the_recipe_learns_from_it(tm
     save(depth.fit("scratch:vit-tiny-64", data, DepthConfig.model_validate(brief)), tmp_path / "depth" / "model")
     command = ["label", "scenes.lance", "--expert", "segment", "--with", "segment", "--as", "seg", "--batch", "2"]
     job = Path(job_folder(str(tmp_path / "scenes.lance"), "seg")) / "00000000.rows"
-    child = subprocess.Popen([sys.executable, "-m", "cutline.cli", *command], cwd=tmp_path, stderr=subprocess.DEVNULL)
+    child = start("-m", "cutline.cli", *command, cwd=tmp_path)
     while not job.exists() or job.stat().st_size < 5000:
-        assert child.poll() is None
+        assert child.process.is_alive()
         time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.killed()
     pairs = Pairs.open(tmp_path / "scenes.lance")
     assert "seg" not in pairs.columns
     done = run_cutline(*command, cwd=tmp_path)

@@ -1,7 +1,6 @@
 """The worked example of docs/objectives.md: its file, its test and its commands, as they stand there."""
 
 import math
-import os
 import re
 import shlex
 import shutil
@@ -11,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from objectives_made import rows_of
-from processes import run_cutline
+from processes import run_cutline, start
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "objectives.md").read_text(encoding="utf-8")
@@ -37,10 +36,7 @@ def house(tmp_path_factory) -> Path:
 
 
 def test_its_test_passes(house):
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "test_vse.py"], cwd=house, capture_output=True, text=True,
-        env=os.environ | {"PYTHONPATH": str(house), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    done = start("-m", "pytest", "-q", "test_vse.py", cwd=house).ended(120)
     assert done.returncode == 0, done.stdout[-3000:]
     assert "1 passed" in done.stdout
 

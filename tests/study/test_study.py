@@ -1,17 +1,13 @@
 """Plans, statistics and the report; the quickstart itself is run by its command."""
 
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from processes import run_cutline
+from processes import run_cutline, start
 
 from cutline import towers
 from cutline.config import dump
@@ -44,8 +40,8 @@ TINY = {
     "compare": ["captions", "alt text"],
     "show": 2,
     "tasks": {
-        "seg": {"task": "segment", "data": "scenes:n=8,size=48,seed=2", "config": {"head": "linear", "frozen": True, "steps": 2, "batch": 4}},
-        "depth": {"task": "depth", "data": "scenes:n=8,size=48,seed=2", "config": {"head": "linear", "frozen": True, "steps": 2, "batch": 4}},
+        "seg": {"task": "segment", "data": "scenes:n=8,size=48,seed=2", "config": {"head": "linear", "frozen": True, "steps": 2, "batch": 4, "pictures": 16}},
+        "depth": {"task": "depth", "data": "scenes:n=8,size=48,seed=2", "config": {"head": "linear", "frozen": True, "steps": 2, "batch": 4, "pictures": 16}},
         "retrieval": {"task": "retrieve", "data": "scenes:n=8,size=48,seed=3", "config": {"columns": ["captions"]}},
     },
 }  # fmt: skip
@@ -193,14 +189,10 @@ def study(tmp_path_factory) -> Path:
     """A small study run by its command, after it was killed twice at random moments."""
     folder = tmp_path_factory.mktemp("study")
     (folder / "plan.yaml").write_text(yaml.safe_dump(TINY, sort_keys=False))
-    command = [sys.executable, "-m", "cutline.cli", "study", "plan.yaml", "--out", "out"]
     for _ in range(2):
-        child = subprocess.Popen(
-            command, cwd=folder, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL
-        )
-        time.sleep(random.uniform(6, 14))
-        child.send_signal(signal.SIGKILL)
-        child.wait()
+        child = start("-m", "cutline.cli", "study", "plan.yaml", "--out", "out", cwd=folder)
+        time.sleep(random.uniform(2, 9))
+        child.killed()
     done = run_cutline("study", "plan.yaml", "--out", "out", cwd=folder)
     assert done.returncode == 0, done.stderr
     (folder / "stdout").write_text(done.stdout)

@@ -4,9 +4,6 @@ import json
 import math
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from processes import on_two_processes, run_cutline
+from processes import on_two_processes, run_cutline, start
 
 from cutline import objectives, towers
 from cutline.config import dump
@@ -112,13 +109,11 @@ def test_resume_with_a_parameter_that_never_has_a_gradient(tmp_path):
 
 def test_resume_after_sigkill_gives_identical_losses(whole, tmp_path):
     (tmp_path / "r.yaml").write_text(dump(recipe()))
-    command = [sys.executable, "-m", "cutline.cli", "train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run")]
-    child = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
+    child = start("-m", "cutline.cli", "train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run"))
     deadline = time.monotonic() + 120
     while not checkpoint.saved(tmp_path / "run" / "checkpoints") and time.monotonic() < deadline:
         time.sleep(0.02)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
+    child.killed()
     done = run_cutline("train", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "run"), "--resume")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "run") == pytest.approx(losses(whole), abs=0)
@@ -363,7 +358,9 @@ def test_training_on_scenes_needs_no_lance(tmp_path):
         "from cutline.config import load\nfrom cutline.train.recipe import Recipe\nfrom cutline.train.loop import train\n"
         "train(load(Recipe, sys.argv[1]), Path(sys.argv[2]))\n"
     )
-    subprocess.run([sys.executable, "-c", code, str(tmp_path / "r.yaml"), str(tmp_path / "run")], check=True)
+    (tmp_path / "code.py").write_text(code)
+    done = start(str(tmp_path / "code.py"), str(tmp_path / "r.yaml"), str(tmp_path / "run")).ended(120)
+    assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "model").is_dir()
 
 
