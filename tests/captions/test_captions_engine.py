@@ -196,17 +196,13 @@ def ray():
     ray.shutdown()
 
 
-def test_ray_gives_the_same_columns(ray, table):
-    new, report = go(table, Capitals(bad=("000003",)), on="ray")
+def test_ray_gives_the_same_columns_and_a_killed_worker_costs_nothing(ray, table, tmp_path):
+    work = Capitals(bad=("000003",), log=str(tmp_path / "log"), die="000080")
+    new, report = go(table, work, on="ray", workers=2)
+    assert (tmp_path / "log.died").exists()
     assert loud(new) == [*EXPECTED[:3], (None, None), *EXPECTED[4:]]
     assert report.failed["no text"].examples == ["000003"]
     assert (report.done, report.tokens) == (120, 120)
-
-
-def test_a_killed_ray_worker_costs_nothing(ray, table, tmp_path):
-    new, _ = go(table, Capitals(log=str(tmp_path / "log"), die="000080"), on="ray", workers=2)
-    assert (tmp_path / "log.died").exists()
-    assert loud(new) == EXPECTED
 
 
 def test_an_error_on_ray_is_the_users_error_and_the_work_goes_on_here(ray, tmp_path):
