@@ -170,6 +170,24 @@ def test_a_cell_of_the_last_map_projects_into_the_joint_space(model_of):
         encoder.project(last)
 
 
+@pytest.mark.parametrize(
+    "kind", ["vit-avg-scale", "vit-attention-pool", "timm-vit-joint", "timm-registers", "timm-rope"]
+)
+@torch.no_grad()
+def test_what_is_replaced_is_hidden_and_the_rest_is_as_ever(kind, model_of):
+    encoder = towers.load_encoder(model_of(kind))
+    p, x = encoder.multiple, pictures(2, 3, encoder.size, encoder.size)
+    pooled, patches = encoder.replaced(x, lambda tokens: tokens)
+    torch.testing.assert_close(pooled, encoder.pooled(x))
+    torch.testing.assert_close(patches, encoder(x)[-1].flatten(2).mT)
+    hidden = (torch.arange(patches.shape[1]) == 2)[:, None]
+    other = x.clone()
+    other[:, :, :p, 2 * p : 3 * p] += 1
+    one, two = (encoder.replaced(y, lambda tokens: torch.where(hidden, 0.1, tokens)) for y in (x, other))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not torch.allclose(one[0], pooled)
+
+
 def test_the_last_map_of_a_vit_is_the_tokens_that_open_clip_pools(model_of):
     model = model_of("vit")
     encoder, v = towers.load_encoder(model), model.visual
