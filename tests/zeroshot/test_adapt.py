@@ -405,7 +405,7 @@ def test_towers_that_cannot_be_masked_and_options_without_a_use_are_told(data: D
             fit(build(**vision), data, config, None, False)
     places = build(**KINDS["siglip"])
     places.visual.trunk.attn_pool.pos_embed = torch.nn.Parameter(torch.zeros(101, 96))
-    with pytest.raises(ConfigError, match="pools by attention at places.* say align=0"):
+    with pytest.raises(ConfigError, match="pools by attention with positions.* say align=0"):
         adapted(places)
     it = adapted(places, align=0)
     assert it.loss(batch_of(data, it)).isfinite()

@@ -254,7 +254,7 @@ class TimmViT(Encoder):
         trunk, x = self.visual.trunk, last.movedim(1, -1)
         pool = getattr(trunk, "attn_pool", None)
         if getattr(pool, "pos_embed", None) is not None:
-            raise CutlineError(f"{self.name} pools by attention at places: its cells have no projection of their own.")
+            raise CutlineError(f"{self.name} pools by attention with positions: its cells have no projection of their own.")
         if pool is not None:
             x = pool(x.flatten(0, 2)[:, None]).unflatten(0, x.shape[:3])
         x = trunk.head(trunk.head_drop(x))
