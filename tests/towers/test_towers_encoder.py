@@ -154,7 +154,8 @@ def test_layers_run_from_the_stem_to_the_last_block_without_a_gap(kind, model_of
 
 
 def test_a_cell_of_the_last_map_projects_into_the_joint_space(model_of):
-    for kind in ("vit", "vit-avg-scale", "timm-vit-joint", "mci0-joint", "resnet", "swin", "convnext"):
+    kinds = ("vit", "vit-avg-scale", "vit-attention-pool", "timm-vit-joint", "mci0-joint", "resnet", "swin", "convnext")
+    for kind in kinds:
         encoder = towers.load_encoder(model_of(kind))
         x = pictures(2, 3, 64, 64)
         with torch.no_grad():
@@ -164,10 +165,27 @@ def test_a_cell_of_the_last_map_projects_into_the_joint_space(model_of):
         if kind in ("mci0-joint", "swin"):  # pooled by averaging, then a linear layer: the two commute
             with torch.no_grad():
                 torch.testing.assert_close(joint.mean((2, 3)), encoder.pooled(x), rtol=1e-4, atol=1e-4)
-    encoder = towers.load_encoder(model_of("vit-attention-pool"))
-    last = encoder.last(pictures(1, 3, 32, 32))
+    encoder.visual.trunk.head = torch.nn.Flatten(2)
     with pytest.raises(CutlineError, match="pools by attention"):
         encoder.project(last)
+
+
+@pytest.mark.parametrize(
+    "kind", ["vit-avg-scale", "vit-attention-pool", "timm-vit-joint", "timm-registers", "timm-rope"]
+)
+@torch.no_grad()
+def test_what_is_replaced_is_hidden_and_the_rest_is_as_ever(kind, model_of):
+    encoder = towers.load_encoder(model_of(kind))
+    p, x = encoder.multiple, pictures(2, 3, encoder.size, encoder.size)
+    pooled, patches = encoder.replaced(x, lambda tokens: tokens)
+    torch.testing.assert_close(pooled, encoder.pooled(x))
+    torch.testing.assert_close(patches, encoder(x)[-1].flatten(2).mT)
+    hidden = (torch.arange(patches.shape[1]) == 2)[:, None]
+    other = x.clone()
+    other[:, :, :p, 2 * p : 3 * p] += 1
+    one, two = (encoder.replaced(y, lambda tokens: torch.where(hidden, 0.1, tokens)) for y in (x, other))
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert not torch.allclose(one[0], pooled)
 
 
 def test_the_last_map_of_a_vit_is_the_tokens_that_open_clip_pools(model_of):

@@ -1,6 +1,7 @@
 """Tokens, trimming with equal outputs, and the last block for the pooled token alone."""
 
 import copy
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import open_clip
@@ -177,9 +178,9 @@ def test_text_towers_keep_open_clips_names_and_values():
     assert torch.equal(theirs.eval().encode_text(tokens), model.encode_text(tokens))
 
 
-@pytest.fixture
-def hub_tokenizer(tmp_path):
-    """A word-level tokeniser in Hugging Face's format: no network, padding 1, the end token 2."""
+@pytest.fixture(params=["[PAD]", "[END]"])
+def hub_tokenizer(tmp_path, request):
+    """A word-level tokeniser in Hugging Face's format: no network, padding 1 or as in SigLIP's the end token 2."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     transformers = pytest.importorskip("transformers")
@@ -187,7 +188,7 @@ def hub_tokenizer(tmp_path):
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.post_processor = processors.TemplateProcessing(single="$A [END]", special_tokens=[("[END]", 2)])
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]", eos_token="[END]"
+        tokenizer_object=words, unk_token="[UNK]", pad_token=request.param, eos_token="[END]"
     )
     fast.save_pretrained(tmp_path / "hub")
     return str(tmp_path / "hub")
@@ -212,7 +213,7 @@ def test_a_hugging_face_tokeniser_travels_with_the_model(hub_tokenizer, tmp_path
     tokenizer = towers.Tokenizer(model)
     texts = ["a cat", "dog dog dog dog dog", "dog dog dog dog dog dog", "bird"]
     tokens = tokenizer(texts)
-    assert tokens.tolist()[0] == [3, 4, 2, 1, 1, 1]
+    assert tokens.tolist()[0] == [3, 4, 2, *[tokenizer.padding] * 3]
     assert tokenizer.truncated(texts) == 1
     assert tokenizer.trimmed(tokens) is tokens
     folder = towers.save(model, tmp_path / "model")
@@ -222,3 +223,8 @@ def test_a_hugging_face_tokeniser_travels_with_the_model(hub_tokenizer, tmp_path
     assert ours.model_cfg["text_cfg"]["hf_tokenizer_name"] == hub_tokenizer  # no path of this machine creeps in
     again = towers.save(ours, tmp_path / "again")
     assert torch.equal(towers.Tokenizer(towers.load(str(again)))(texts), tokens)
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    shutil.rmtree(hub_tokenizer)
+    with pytest.raises(CutlineError, match="cannot read the tokeniser.*Check the network, or put its files"):
+        towers.Tokenizer(towers.load(str(folder)))

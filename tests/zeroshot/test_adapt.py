@@ -31,10 +31,25 @@ QUICK: dict[str, Any] = {"steps": 4, "batch": 4, "lr": 1e-3, "tau": 0.36, "promp
 VISION = {"image_size": 32, "patch_size": 8, "width": 64, "layers": 2, "head_width": 32}
 
 
+TIMM = {"timm_model_name": "test_vit", "timm_proj": "linear", "image_size": 160}
+KINDS: dict[str, dict[str, Any]] = {
+    "clip": VISION,
+    "coca": {**VISION, "attentional_pool": True, "attn_pooler_heads": 2, "attn_pooler_queries": 4},
+    "siglip": {**TIMM, "timm_model_name": "test_vit3", "timm_pool": "map"},
+    "timm-token": {**TIMM, "timm_pool": "token"},
+    "timm-average": {**TIMM, "timm_pool": "avg"},
+}
+
+
 def build(**vision: Any) -> towers.Model:
     torch.manual_seed(0)
     text = {"context_length": 16, "vocab_size": 49408, "width": 32, "layers": 1, "heads": 1}
-    return towers.build(TowerConfig(custom={"embed_dim": 32, "vision_cfg": {**VISION, **vision}, "text_cfg": text}))
+    whole = vision if "timm_model_name" in vision else {**VISION, **vision}
+    custom = {"embed_dim": 32, "vision_cfg": whole, "text_cfg": text, "custom_text": whole is vision}
+    model = towers.build(TowerConfig(custom=custom))
+    if whole is vision:
+        model.visual.trunk.blocks = model.visual.trunk.blocks[:2]
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -114,35 +129,64 @@ def test_a_class_whose_share_underflows_has_a_finite_term() -> None:
     assert logits.grad.tolist() == [[0.5, -0.5]]
 
 
-def batch_of(data: DenseData, config: AdaptConfig, square: int = 1) -> must.Pictures:
-    split = data.split("train")
-    return Unlabelled(split, split.usable(range(len(split)))[0], config, 32, 8, square).make(0)
+def batch_of(data: DenseData, it: Adapted) -> must.Pictures:
+    split, encoder = data.split("train"), it.encoder
+    rows = split.usable(range(len(split)))[0]
+    return Unlabelled(split, rows, it.config, encoder.size, encoder.multiple, it.square).make(0)
 
 
-def test_the_loss_is_the_weighted_sum_of_its_terms(model: towers.Model, data: DenseData) -> None:
-    """With what the tower says computed by open_clip's own forward pass."""
-    it = adapted(model, fair=0.3, pixels=0.7, align=0.2, mask=0.4)
-    batch = batch_of(data, it.config)
+def plainly(it: Adapted, x: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a tower says of normalised pictures with masked patches, step by step: their embeddings, h, and v."""
+    visual = it.encoder.visual
+    if hasattr(visual, "trunk"):
+        trunk = visual.trunk
+        first = trunk.reg_token if trunk.cls_token is None else trunk.cls_token
+        x = torch.where(masked[..., None], it.token, trunk.patch_embed.proj(x).flatten(2).mT)
+        x = torch.cat([first.expand(len(x), -1, -1), x], 1) + trunk.pos_embed
+        x, pool = trunk.blocks(x), trunk.attn_pool
+        pooled, h = trunk.norm(x), it.norm(x[:, 1:])
+        v = h
+        if pool is None:
+            pooled = trunk.fc_norm(pooled[:, 0] if trunk.global_pool == "token" else pooled[:, 1:].mean(1))
+        else:
+            pooled = pool(pooled)
+            v = h @ pool.kv.weight.chunk(2)[1].T + pool.kv.bias.chunk(2)[1]
+            v = v @ pool.proj.weight.T + pool.proj.bias
+            v = v + pool.mlp(pool.norm(v))
+        return pooled @ visual.head.proj.weight.T, h, v @ visual.head.proj.weight.T
+    x = torch.where(masked[..., None], it.token, visual.conv1(x).flatten(2).mT)
+    x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + visual.positional_embedding
+    x = visual.transformer(visual.ln_pre(x))
+    h, pool = it.norm(x[:, 1:]), visual.attn_pool
+    if pool is None:
+        return visual.ln_post(x[:, 0]) @ visual.proj, h, h @ visual.proj
+    v = h @ pool.attn.v_proj_weight.T + pool.attn.in_proj_bias.chunk(3)[2]
+    v = visual.ln_post(pool.attn.out_proj(v))
+    return visual.ln_post(pool(x))[:, 0] @ visual.proj, h, v @ visual.proj
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_loss_is_the_weighted_sum_of_its_terms(kind: str, data: DenseData) -> None:
+    """With what the tower says computed plainly, and the teacher's view by open_clip's own forward pass."""
+    model = build(**KINDS[kind]).eval()
+    it = adapted(model, fair=0.3, pixels=0.7, align=0.2, mask=0.4, tau=0.334)
+    batch = batch_of(data, it)
     loss = it.loss(batch)
     strong, weak = it.normalise(batch.strong), it.normalise(batch.weak)
     scale, words = model.logit_scale.exp(), it.words["weight"]
     q = (scale * F.normalize(model.visual(weak), dim=1) @ words.T).softmax(1)
     share, labels = q.max(1)
-    visual = it.encoder.visual
-    x = visual.conv1(strong).flatten(2).transpose(1, 2)
-    x = torch.where(batch.masked[..., None], it.token, x)
-    x = torch.cat([visual.class_embedding.expand(4, 1, -1), x], 1) + visual.positional_embedding
-    x = visual.transformer(visual.ln_pre(x))
-    pooled, patches = visual.ln_post(x[:, 0]) @ visual.proj, it.norm(x[:, 1:])
+    pooled, h, v = plainly(it, strong, batch.masked)
     logits = scale * F.normalize(pooled, dim=1) @ words.T
     p = logits.softmax(1)
-    sure = share > 0.36
+    sure = share > 0.334
     assert sure.any()
     terms = {"pseudo": F.cross_entropy(logits[sure], labels[sure]), "fair": -p.mean(0).log().mean()}
-    pixels_said = it.decoder[0](patches.transpose(1, 2).reshape(4, 64, 4, 4))
-    wide = batch.masked.view(4, 1, 4, 4).repeat_interleave(8, 2).repeat_interleave(8, 3)
-    terms["pixels"] = ((F.pixel_shuffle(pixels_said, 8) - strong).abs() * wide).sum() / wide.sum() / 3
-    apart = F.normalize(patches @ visual.proj, dim=-1) - F.normalize(pooled, dim=-1)[:, None]
+    grid, patch = math.isqrt(h.shape[1]), it.encoder.multiple
+    pixels_said = it.decoder[0](h.transpose(1, 2).reshape(4, -1, grid, grid))
+    wide = batch.masked.view(4, 1, grid, grid).repeat_interleave(patch, 2).repeat_interleave(patch, 3)
+    terms["pixels"] = ((F.pixel_shuffle(pixels_said, patch) - strong).abs() * wide).sum() / wide.sum() / 3
+    apart = F.normalize(v, dim=-1) - F.normalize(pooled, dim=-1)[:, None]
     terms["align"] = apart.square().sum(-1)[batch.masked].mean()
     for name, value in terms.items():
         torch.testing.assert_close(it.logged[name], value, rtol=1e-4, atol=1e-5)
@@ -151,15 +195,42 @@ def test_the_loss_is_the_weighted_sum_of_its_terms(model: towers.Model, data: De
     assert it.logged["sure"] == sure.float().mean()
 
 
-def test_nothing_of_masked_patches_reaches_the_student(model: towers.Model) -> None:
-    it, images = adapted(model), torch.randn(2, 3, 32, 32)
-    masked = torch.zeros(2, 16, dtype=torch.bool)
+@pytest.mark.parametrize("kind", KINDS)
+def test_nothing_of_masked_patches_reaches_the_student(kind: str) -> None:
+    model = build(**KINDS[kind]).eval()
+    it = adapted(model)
+    size, patch = it.encoder.size, it.encoder.multiple
+    images, masked = torch.randn(2, 3, size, size), torch.zeros(2, (size // patch) ** 2, dtype=torch.bool)
     with torch.no_grad():
-        torch.testing.assert_close(it.look(images, masked)[0], model.visual(images))  # of nothing masked
-        masked[:, 5] = True
+        whole, _ = it.look(images, masked)
+        torch.testing.assert_close(whole, model.visual(images))  # of nothing masked
+        masked[:, 1] = True
         other = images.clone()
-        other[:, :, 8:16, 8:16] = 9.0
-        assert torch.equal(it.look(images, masked)[1], it.look(other, masked)[1])
+        other[:, :, :patch, patch : 2 * patch] = 9.0
+        for one, two in zip(it.look(images, masked), it.look(other, masked), strict=True):
+            assert torch.equal(one, two)
+        assert not torch.equal(it.look(images, masked)[0], whole)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_what_follows_the_last_block_has_the_full_rate(kind: str) -> None:
+    it = adapted(build(**KINDS[kind]))
+    blocks = it.num_layers
+    for name in (n for n, p in it.named_parameters() if p.requires_grad):
+        in_block = [int(part) for part in name.split(".") if part.isdigit()] if "blocks." in name else []
+        stem = ("token", "conv1", "class_emb", "positional", "ln_pre", "patch_embed", "reg_token", "pos_embed")
+        first = 0 if any(part in name for part in stem) else blocks + 1
+        assert it.layer_of(name) == (in_block[0] + 1 if in_block else first), name
+
+
+def test_a_patch_that_does_not_divide_the_size_leaves_the_last_pixels_out(data: DenseData) -> None:
+    model = build(**KINDS["siglip"])
+    model.visual.trunk.set_input_size((170, 170))  # as SigLIP's 384 in patches of 14
+    open_clip.set_model_preprocess_cfg(model, {**model.visual.preprocess_cfg, "size": 170})
+    it = adapted(model, mask_patch=80)
+    batch = batch_of(data, it)
+    assert (it.square, batch.strong.shape[2:], batch.masked.shape[1]) == (5, (170, 170), 100)
+    assert it.loss(batch).isfinite()
 
 
 def test_the_teacher_follows_by_a_momentum_that_rises_linearly(model: towers.Model) -> None:
@@ -220,10 +291,11 @@ def test_views_are_cut_at_random_and_masks_are_squares_of_the_asked_share() -> N
     assert sorted(mask.sum(1)) == [0] * 6 + [4] * 3  # ⌈2.7⌉
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
 def test_resume_after_a_kill_gives_the_same_weights(
-    model: towers.Model, data: DenseData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, data: DenseData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = AdaptConfig(**QUICK, save_every=1)
+    model, config = build(**KINDS[kind] | {"image_size": 32}).eval(), AdaptConfig(**QUICK, save_every=2)
     whole = fit(model, data, config, tmp_path / "whole", False)
     original, left = torch.optim.AdamW.step, [3]
 
@@ -327,9 +399,16 @@ def test_towers_that_cannot_be_masked_and_options_without_a_use_are_told(data: D
     config = AdaptConfig(**QUICK)
     with pytest.raises(CutlineError, match="without a text tower"):
         adapt("scratch:resnet18", data, config)
-    for vision in ({"layers": [1, 1, 1, 1], "width": 8}, {"attentional_pool": True, "attn_pooler_heads": 2}):
-        with pytest.raises(ConfigError, match="open_clip's own vision transformers"):
+    stem = {"timm_model_name": "vit_tiny_r_s16_p8_224", "timm_pool": "token", "timm_proj": "linear"}
+    for vision in ({"layers": [1, 1, 1, 1], "width": 8}, stem):
+        with pytest.raises(ConfigError, match="vision transformers of open_clip and timm with a patch embedding"):
             fit(build(**vision), data, config, None, False)
+    places = build(**KINDS["siglip"])
+    places.visual.trunk.attn_pool.pos_embed = torch.nn.Parameter(torch.zeros(101, 96))
+    with pytest.raises(ConfigError, match="pools by attention with positions.* say align=0"):
+        adapted(places)
+    it = adapted(places, align=0)
+    assert it.loss(batch_of(data, it)).isfinite()
     with pytest.raises(ConfigError, match="mask_patch=12 must be a multiple"):
         fit(build(), data, config.model_copy(update={"mask_patch": 12}), None, False)
     with pytest.raises(ConfigError, match="names has 2 classes, and .* has 3"):

@@ -67,7 +67,8 @@ class Encoder(nn.Module):
     def project(self, last: Tensor) -> Tensor:
         """Each cell of a map of `last` into the joint space, not normalised: (B, C, h, w) → (B, D, h, w).
 
-        Raises `CutlineError` where the tower's pooling has no projection that a single cell could go through.
+        As if it were the only one that is pooled: of attention pooling (SigLIP, CoCa) remain the value and output projections
+        and what follows, as in MaskCLIP (2112.01071). Raises `CutlineError` where a single cell cannot be pooled.
         """
         raise NotImplementedError
 

@@ -36,6 +36,11 @@ class Tokenizer:
                 self.tokenizer = HFTokenizer(source, context_length=self.context, tokenizer_mode=mode, **options)
             except ImportError as e:
                 raise CutlineError(f"the tokeniser {source!r} needs transformers: pip install transformers.") from e
+            except (OSError, ValueError) as e:  # no files and no network, or other files
+                raise CutlineError(
+                    f"cannot read the tokeniser {source!r}: {str(e).splitlines()[0]} Check the network, or put its files "
+                    "(tokenizer.json, tokenizer_config.json) into the folder of the model."
+                ) from e
             self.padding = self.tokenizer.tokenizer.pad_token_id or 0
         else:
             self.tokenizer = WordTokenizer(context_length=self.context, **options)
@@ -53,7 +58,8 @@ class Tokenizer:
     def truncated(self, texts: list[str], tokens: Tensor | None = None) -> int:
         """How many of `texts` do not fit into the context. Give their `tokens` if they are there: it is then cheap."""
         tokens = self(texts) if tokens is None else tokens
-        full = [texts[i] for i in tokens[:, -1].ne(self.padding).nonzero().flatten().tolist()]
+        # Before the last: what ends a text may be what pads it, as SigLIP's "</s>".
+        full = [texts[i] for i in tokens[:, -2:].ne(self.padding).any(1).nonzero().flatten().tolist()]
         return sum(n > self.context for n in self.lengths(full))
 
     def lengths(self, texts: list[str]) -> list[int]:

@@ -13,8 +13,9 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from timm.layers import Format, resample_abs_pos_embed
+from timm.layers import Format, PatchEmbed, resample_abs_pos_embed
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from cutline.errors import ConfigError, CutlineError
 from cutline.towers.encoder import TAPS, Encoder, joint_width, trunk_layers
@@ -94,11 +95,17 @@ class NativeViT(Encoder):
         v = self.visual
         if self._parts_ways(images):
             return super().pooled_and_last(images)
-        x, grid = self.embed(images, dropout=False)
-        x = v.transformer(x)
-        pooled, _ = v._pool(x)
+        pooled, x = self.replaced(images)
         norm = v.ln_post if v.attn_pool is None else v.attn_pool.ln_k
-        return pooled if v.proj is None else pooled @ v.proj, _to_map(norm(x[:, self.prefix :]), grid)
+        return pooled, _to_map(norm(x), v.grid_size)
+
+    def replaced(self, images: Tensor, replace: Replace | None = None) -> tuple[Tensor, Tensor]:
+        """`pooled` of pictures of the tower's size, of all patches and those changed by `replace` as `embed` does it; and the
+        patches after the last block, before the last norm, (B, N, C)."""
+        v = self.visual
+        x = v.transformer(self.embed(images, dropout=False, replace=replace)[0])
+        pooled, _ = v._pool(x)
+        return pooled if v.proj is None else pooled @ v.proj, x[:, self.prefix :]
 
     def classes_and_last(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """As `pooled_and_last`, of a tower with two class tokens: (B, 2, D) and the map."""
@@ -115,11 +122,15 @@ class NativeViT(Encoder):
         return dropping or self._pad(images) is not images
 
     def project(self, last: Tensor) -> Tensor:
-        if self.visual.attn_pool is not None:
-            raise CutlineError(f"{self.name} pools by attention: its cells have no projection of their own.")
-        if self.visual.proj is None:
-            return last
-        return cast(Tensor, (last.movedim(1, -1) @ self.visual.proj).movedim(-1, 1))
+        v, x = self.visual, last.movedim(1, -1)
+        if getattr(v, "attn_pool_contrastive", None) is not None:
+            raise CutlineError(f"{self.name} pools by attention twice: its cells have no projection of their own.")
+        if v.attn_pool is not None:
+            attention = v.attn_pool.attn
+            joint = attention.in_proj_weight
+            weight = attention.v_proj_weight if joint is None else joint.chunk(3)[2]
+            x = v.ln_post(attention.out_proj(F.linear(x, weight, attention.in_proj_bias.chunk(3)[2])))
+        return cast(Tensor, x if v.proj is None else x @ v.proj).movedim(-1, 1)
 
     def layer_of(self, parameter_name: str) -> int:
         name = parameter_name.removeprefix("visual.")
@@ -129,11 +140,17 @@ class NativeViT(Encoder):
         return 0 if name.startswith(stem) else self.num_layers
 
 
+def sees_patches_alone(encoder: "NativeViT | TimmViT") -> bool:
+    """Whether the embedding of a patch tells of no other (behind a convolutional stem, the visible tell of the hidden)."""
+    if isinstance(encoder, NativeViT):
+        return isinstance(encoder.visual.conv1, nn.Conv2d)
+    return type(encoder.visual.trunk.patch_embed) is PatchEmbed
+
+
 def by_patches(encoder: Encoder, objective: str, does: str) -> NativeViT:
     """The encoder, for an objective that hides patches. Raises `ConfigError` for towers that cannot be shown some of them:
-    open_clip's own can, if their embedding sees a patch alone (behind a convolutional stem the visible tell of the hidden).
-    """
-    if not isinstance(encoder, NativeViT) or not isinstance(encoder.visual.conv1, nn.Conv2d):
+    open_clip's own can, if they see patches alone."""
+    if not isinstance(encoder, NativeViT) or not sees_patches_alone(encoder):
         raise ConfigError(
             f"objectives.{objective} {does}, which only open_clip's own vision transformers with a patch embedding can take, "
             f"and {encoder.name} is another: train ViT-B-16 or a preset such as vit-tiny-64, or take objectives.silc, which "
@@ -219,11 +236,28 @@ class TimmViT(Encoder):
         norm = getattr(trunk, "fc_norm", None) or nn.Identity()
         return pooled, _to_map(norm(x[:, -side * side :]), (side, side))
 
+    def replaced(self, images: Tensor, replace: Replace) -> tuple[Tensor, Tensor]:
+        """As `NativeViT.replaced`."""
+
+        def put(module: nn.Module, inputs: Any, found: Tensor) -> Tensor:  # found: (B, N, C), or (B, h, w, C)
+            return replace(found.flatten(1, -2)).view(found.shape)
+
+        with self._fitted(images, dense=True) as trunk:
+            handle = trunk.patch_embed.register_forward_hook(put)
+            try:
+                x, (patches,) = trunk.forward_intermediates(images, indices=1, output_fmt="NLC")
+            finally:
+                handle.remove()
+            return getattr(self.visual, "head", nn.Identity())(trunk.forward_head(x)), patches
+
     def project(self, last: Tensor) -> Tensor:
-        trunk = self.visual.trunk
-        if getattr(trunk, "attn_pool", None) is not None:
-            raise CutlineError(f"{self.name} pools by attention: its cells have no projection of their own.")
-        x = trunk.head(trunk.head_drop(last.movedim(1, -1)))
+        trunk, x = self.visual.trunk, last.movedim(1, -1)
+        pool = getattr(trunk, "attn_pool", None)
+        if getattr(pool, "pos_embed", None) is not None:
+            raise CutlineError(f"{self.name} pools by attention with positions: its cells have no projection of their own.")
+        if pool is not None:
+            x = pool(x.flatten(0, 2)[:, None]).unflatten(0, x.shape[:3])
+        x = trunk.head(trunk.head_drop(x))
         return cast(Tensor, getattr(self.visual, "head", nn.Identity())(x).movedim(-1, 1))
 
     def layer_of(self, parameter_name: str) -> int:

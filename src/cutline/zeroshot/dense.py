@@ -33,8 +33,7 @@ import torch
 from open_clip.transformer import ResidualAttentionBlock
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.nn import functional as F
 
 from cutline.errors import ConfigError, CutlineError
@@ -197,18 +196,14 @@ class _Native:
     def cells(self, x: Tensor) -> Tensor:
         """Tokens after the last block (B, N, C) → (B, N, D)."""
         pool = self.visual.attn_pool
-        if pool is not None:  # all queries get the same of a single cell
-            one = functional_call(pool, {"query": pool.query[:1]}, (x.flatten(0, 1)[:, None],))
-            x = one[:, 0].unflatten(0, x.shape[:2])
-        x = self.visual.ln_post(x)
-        return x if self.visual.proj is None else x @ self.visual.proj
+        return _projected(self.encoder, self.visual.ln_post(x) if pool is None else pool.ln_k(x))
 
 
 class _Timm:
     """The parts of timm's VisionTransformer."""
 
     def __init__(self, encoder: TimmViT) -> None:
-        self.visual, self.trunk = encoder.visual, encoder.visual.trunk
+        self.encoder, self.trunk = encoder, encoder.visual.trunk
         self.blocks, self.prefix = self.trunk.blocks, int(self.trunk.num_prefix_tokens)
 
     def embed(self, images: Tensor) -> Tensor:
@@ -234,13 +229,12 @@ class _Timm:
         return out
 
     def cells(self, x: Tensor) -> Tensor:
-        trunk = self.trunk
-        x = trunk.norm(x)
-        if trunk.attn_pool is not None:
-            x = trunk.attn_pool(x.flatten(0, 1)[:, None]).unflatten(0, x.shape[:2])
-        x = trunk.head(trunk.head_drop(trunk.fc_norm(x)))
-        out: Tensor = getattr(self.visual, "head", nn.Identity())(x)
-        return out
+        return _projected(self.encoder, self.trunk.fc_norm(self.trunk.norm(x)))
+
+
+def _projected(encoder: Encoder, x: Tensor) -> Tensor:
+    """`Encoder.project` of a list of cells, (B, N, C) → (B, N, D)."""
+    return encoder.project(x.mT[..., None])[..., 0].mT
 
 
 def _heads(x: Tensor, weight: Tensor, bias: Tensor | None, part: str, heads: int) -> Tensor:

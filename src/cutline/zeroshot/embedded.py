@@ -24,7 +24,7 @@ def framed(model: towers.Model, n: int) -> tuple[Tensor, int]:
     """
     tokenizer = towers.Tokenizer(model)
     empty, one = tokenizer(["", "a"])
-    first = int((empty != one).nonzero()[0])
+    first = first_place(tokenizer)
     special = tokenizer.lengths([""])[0]
     if n > tokenizer.context - special:
         raise ConfigError(
@@ -33,6 +33,12 @@ def framed(model: towers.Model, n: int) -> tuple[Tensor, int]:
         )
     ids = torch.cat([empty[:first], one[first].expand(n), empty[first : len(empty) - n]])
     return tokenizer.trimmed(ids[None])[0], first
+
+
+def first_place(tokenizer: towers.Tokenizer) -> int:
+    """Where a text begins: some tokenisers put a token of their own before it."""
+    empty, one = tokenizer(["", "a"])
+    return int((empty != one).nonzero()[0])
 
 
 def room(model: towers.Model) -> int:

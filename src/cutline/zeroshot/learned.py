@@ -16,14 +16,13 @@ from torch.nn import functional as F
 
 from cutline import towers
 from cutline.config import Config
-from cutline.errors import ConfigError, CutlineError
+from cutline.errors import ConfigError
 from cutline.progress import progress
 from cutline.train.optim import schedule, set_lr
 from cutline.transfer.data import Split
-from cutline.zeroshot.embedded import embedding_of, encode_with
+from cutline.zeroshot.embedded import embedding_of, encode_with, first_place
 from cutline.zeroshot.regions import SCALE, Regions
 
-WORD = "x"  # one token, in whose place a vector goes
 MOMENTUM, POWER = 0.9, 0.9
 STD = 0.02  # of the vectors at the start
 
@@ -44,17 +43,15 @@ class Prefix:
     def __init__(self, model: towers.Model, names: Sequence[str], tokens: int) -> None:
         self.model, self.embedding = model, embedding_of(model)
         tokenizer = towers.Tokenizer(model)
-        texts = [f"{WORD} " * tokens + f"{name}." for name in names]
-        self.ids = tokenizer(texts)
-        if tokenizer.truncated(texts, self.ids):
+        texts = [f"{name}." for name in names]
+        if max(tokenizer.lengths(texts)) + tokens > tokenizer.context:
             raise ConfigError(
                 f"learn.tokens={tokens} leaves no room for the class names in this model's context. Lower it."
             )
-        self.ids = tokenizer.trimmed(self.ids).to(self.embedding.weight.device)
-        word = self.ids[0, 1]
-        self.first = 0 if self.ids[0, 0] == word else 1  # some tokenisers begin with a token of their own
-        if not (self.ids[:, self.first : self.first + tokens] == word).all():
-            raise CutlineError(f"the tokeniser of {model.name} does not make one token of {WORD!r}: leave learn out.")
+        ids, self.first = tokenizer(texts), first_place(tokenizer)
+        anything = ids[0, self.first].expand(len(ids), tokens)  # vectors go in its place
+        ids = torch.cat([ids[:, : self.first], anything, ids[:, self.first : tokenizer.context - tokens]], 1)
+        self.ids = tokenizer.trimmed(ids).to(self.embedding.weight.device)
 
     def __call__(self, vectors: Tensor) -> Tensor:
         """vectors (tokens, W) → unit vectors (names, D), differentiably."""

@@ -12,7 +12,9 @@ strong view (RandAugment) with some patches replaced by a token, its EMA teacher
     after a step:  teacher ← m · teacher + (1 − m) · student,  m linear from m_0 to m_1 in the first steps
 
 h are a patch's features after a norm of their own, W the tower's projection to the joint space, p and q = softmax(s · cos)
-with the temperature of the CLIP (s = 100 in OpenAI's). The decoder is a 1 × 1 convolution and a pixel shuffle.
+with the temperature of the CLIP (s = 100 in OpenAI's; SigLIP's bias is the same for all classes, and changes no softmax). The
+decoder is a 1 × 1 convolution and a pixel shuffle. The paper's towers pool a class token; of those that pool by attention
+(SigLIP, CoCa) W is what becomes of a patch that is pooled alone, see `Encoder.project`.
 
 Where no picture of a batch is sure the reference's CE is NaN and its training ends; here it is 0, and such batches are counted
 and logged. All means run over the batch of all processes (the reference's CE is a mean of the processes' own), p̄ over time
@@ -31,11 +33,11 @@ from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cutline.errors import ConfigError
+from cutline.errors import ConfigError, CutlineError
 from cutline.objectives.gather import gather, gather_plain, total, world
 from cutline.objectives.teacher import move
 from cutline.towers.encoder import Encoder
-from cutline.towers.vit import NativeViT
+from cutline.towers.vit import NativeViT, TimmViT, sees_patches_alone
 from cutline.transfer.model import Transferred
 from cutline.transfer.options import TransferConfig, autocast
 from cutline.transfer.probes import CosineProbe
@@ -117,7 +119,7 @@ class Must(Transferred):
     seen: Tensor
     unsure: Tensor  # steps without a sure picture
 
-    def __init__(self, encoder: NativeViT, words: Tensor, scale: float, config: AdaptConfig) -> None:
+    def __init__(self, encoder: NativeViT | TimmViT, words: Tensor, scale: float, config: AdaptConfig) -> None:
         super().__init__(encoder, frozen=False)
         self.config, width = config, encoder.channels[-1]
         self.head = CosineProbe(encoder.width, len(words))
@@ -148,11 +150,11 @@ class Must(Transferred):
         return self
 
     def layer_of(self, name: str) -> int:
-        """As in the reference: the token is of the stem, the tower's last norm and projection have the full rate."""
+        """As in the reference: the token is of the stem, what follows the tower's last block has the full rate."""
         if name == "token":
             return 0
-        after = ("encoder.visual.ln_post", "encoder.visual.proj")
-        return self.num_layers + 1 if name.startswith(after) else super().layer_of(name)
+        layer = super().layer_of(name)
+        return layer if layer < self.num_layers or "blocks." in name else self.num_layers + 1
 
     def loss(self, batch: Pictures) -> Tensor:
         """L of this process's share of a batch; averaged over processes it is that of all of it."""
@@ -164,13 +166,13 @@ class Must(Transferred):
             pooled, patches = self.look(strong, masked)
             logits = self.head([pooled])
             said = self.decoder(self._map(patches)) if config.mask and config.pixels else None
-            cells = self._project(patches) if config.mask and config.align else None
+            cells = self.encoder.project(self._map(patches)) if config.mask and config.align else None
         fair, average = fairness(logits, self.average.clone())
         terms = {"pseudo": (1.0, self_training(logits, labels, sure)), "fair": (config.fair, fair)}
         if said is not None:
             terms["pixels"] = (config.pixels, masked_pixels(said.float(), strong, masked))
         if cells is not None:
-            terms["align"] = (config.align, alignment(cells.float(), pooled.float(), masked))
+            terms["align"] = (config.align, alignment(cells.float().flatten(2).mT, pooled.float(), masked))
         self.average.copy_(average)
         everyone = gather_plain(sure.long())
         self._last = (int(everyone.sum()), len(everyone))
@@ -197,14 +199,8 @@ class Must(Transferred):
         def replace(x: Tensor) -> Tensor:
             return torch.where(masked[..., None], self.token.to(x.dtype), x)
 
-        visual = self.encoder.visual
-        tokens = visual.transformer(self.encoder.embed(images, dropout=False, replace=replace)[0])
-        pooled, _ = visual._pool(tokens)
-        return self._project(pooled), self.norm(tokens[:, self.encoder.prefix :])
-
-    def _project(self, x: Tensor) -> Tensor:
-        projection = self.encoder.visual.proj
-        return x if projection is None else x @ projection
+        pooled, patches = self.encoder.replaced(images, replace)
+        return pooled, self.norm(patches)
 
     def _map(self, patches: Tensor) -> Tensor:
         side = math.isqrt(patches.shape[1])
@@ -224,21 +220,27 @@ class Must(Transferred):
         self.unsure += not sure
 
 
-def check_tower(encoder: Encoder, config: AdaptConfig) -> tuple[NativeViT, int]:
-    """The tower, and the side of the masked squares in patches. Raises `ConfigError` where patches cannot be masked."""
-    native = isinstance(encoder, NativeViT) and isinstance(encoder.visual.conv1, nn.Conv2d)
-    if not isinstance(encoder, NativeViT) or not native or encoder.visual.attn_pool is not None:
+def check_tower(encoder: Encoder, config: AdaptConfig) -> tuple[NativeViT | TimmViT, int]:
+    """The tower, and the side of the masked squares in patches. Raises `ConfigError` where patches cannot be masked or
+    aligned."""
+    if not isinstance(encoder, NativeViT | TimmViT) or not sees_patches_alone(encoder):
         raise ConfigError(
-            "adapt puts a token in place of patches and projects single ones, which open_clip's own vision transformers "
-            f"without attention pooling can take, and {encoder.name} is another: give ViT-B-16:openai, or a run of ViT-B-16 or "
-            "of a preset such as vit-tiny-64."
+            "adapt puts a token in place of patches, which vision transformers of open_clip and timm with a patch embedding can "
+            f"take, and {encoder.name} is another: give ViT-B-16:openai, ViT-B-16-SigLIP:webli, or a run of a preset such as "
+            "vit-tiny-64."
         )
-    patch, size = encoder.multiple, encoder.size
-    square = config.mask_patch or (2 * patch if size % (2 * patch) == 0 else patch)
-    if square % patch or size % square:
+    patch = encoder.multiple
+    grid = encoder.size // patch
+    square = config.mask_patch or (patch if grid % 2 else 2 * patch)
+    if square % patch or grid % (square // patch):
         raise ConfigError(
-            f"mask_patch={square} must be a multiple of the tower's patches of {patch} pixels that divides its {size}."
+            f"mask_patch={square} must be a multiple of the tower's patches of {patch} pixels that divides its {grid * patch}."
         )
+    if config.mask and config.align:
+        try:
+            encoder.project(next(encoder.parameters()).new_zeros(1, encoder.channels[-1], 1, 1))
+        except CutlineError as e:
+            raise ConfigError(f"{e} So they cannot be aligned with the picture: say align=0.") from e
     return encoder, square // patch
 
 
@@ -260,10 +262,11 @@ def fairness(logits: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def masked_pixels(said: Tensor, images: Tensor, masked: Tensor) -> Tensor:
-    """Mean absolute error of (B, 3, S, S) over the pixels of patches masked (B, N)."""
-    side = math.isqrt(masked.shape[1])
-    wanted = F.interpolate(masked.view(-1, 1, side, side).float(), said.shape[2:], mode="nearest")
-    return ((said - images).abs() * wanted).sum() / wanted.sum() / 3
+    """Mean absolute error of (B, 3, S, S) over the pixels of patches masked (B, N). What no whole patch covers of the images
+    is left out."""
+    side, (height, width) = math.isqrt(masked.shape[1]), said.shape[2:]
+    wanted = F.interpolate(masked.view(-1, 1, side, side).float(), (height, width), mode="nearest")
+    return ((said - images[..., :height, :width]).abs() * wanted).sum() / wanted.sum() / 3
 
 
 def alignment(patches: Tensor, pooled: Tensor, masked: Tensor) -> Tensor:
