@@ -241,9 +241,11 @@ def test_a_run_is_written_loaded_and_scored_on_other_data(
     assert "Next: cutline zeroshot proposals --model" in done.stdout
     assert (out / "samples.png").stat().st_size > 1000
     result, model = Result.read(out), load(out)
-    assert score(model, data).metrics == result.metrics
+    again = score(model, data)
+    assert again.metrics == result.metrics
     assert {"hiou", "seen_miou", "unseen_miou", "maskformer_hiou", "clip_hiou"} <= set(result.metrics)
     assert result.protocol.settings["unseen"] == ["blue"]
+    assert again.protocol.encoder == result.protocol.encoder == source
     assert proposals(source, data, config(), out, resume=True) == result  # finished: nothing is trained
     with pytest.raises(ConfigError, match="another config, encoder or data"):
         proposals(source, data, config(lr=1e-4), out, resume=True)

@@ -67,7 +67,7 @@ class MetresConfig(DenseConfig):
 class DepthConfig(MetresConfig):
     """Options of depth; the defaults suit a data set of hundreds of pictures.
 
-    deconvolutions, filters: of the deconv head. bins, layers, upsample: of the linear head; layers 1 or 4, the encoder's
+    channels: width of the head, default by the encoder's width. deconvolutions, filters: of the deconv head. bins, layers, upsample: of the linear head; layers 1 or 4, the encoder's
     last map or four ("lin. 1" and "lin. 4" of DINOv2), upsample 4 there.
 
     The papers' settings are recipes/transfer/{nyuv2,kitti}-*.yaml.
@@ -75,6 +75,7 @@ class DepthConfig(MetresConfig):
 
     head: Literal["deconv", "dpt", "linear"] = "deconv"
     layer_decay: float = Field(0.9, gt=0, le=1)
+    channels: int | None = Field(None, ge=1)
     deconvolutions: int = Field(3, ge=0, le=5)
     filters: int = Field(32, ge=1)
     bins: int = Field(256, ge=2)

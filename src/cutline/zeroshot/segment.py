@@ -91,7 +91,9 @@ class SegmentConfig(Config):
     @model_validator(mode="after")
     def _scaled(self) -> "SegmentConfig":
         if not self.threshold and self.scale != type(self).model_fields["scale"].default:
-            raise ValueError("scale is of threshold, and without one the best name wins at every scale: leave scale out")
+            raise ValueError(
+                "scale is of threshold, and without one the best name wins at every scale: leave scale out"
+            )
         return self
 
     def fitted(self, size: int) -> "SegmentConfig":
