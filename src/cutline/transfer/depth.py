@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from cutline.errors import DataError
+from cutline.objectives.gather import together
 from cutline.record import Result
 from cutline.transfer import heads, pyramid
 from cutline.transfer.augment import CutDepth
@@ -214,10 +215,11 @@ def score(model: DepthModel, data: str | DenseData, split: SplitName | None = No
     part, rows, skipped = scored_rows(config, opened)
     device, view, errors = next(model.parameters()).device, look(config), DepthErrors()
     model.eval()
-    for images, targets in by_shape(((s.image, s.target) for s in read_along(part, rows)), config.batch):
-        for predicted, target in zip(model.clamp(view(model, images))[:, 0], targets, strict=True):
-            truth = torch.from_numpy(target).to(device)
-            errors.update(predicted, truth, counted(truth, config))
+    with together():
+        for images, targets in by_shape(((s.image, s.target) for s in read_along(part, rows)), config.batch):
+            for predicted, target in zip(model.clamp(view(model, images))[:, 0], targets, strict=True):
+                truth = torch.from_numpy(target).to(device)
+                errors.update(predicted, truth, counted(truth, config))
     errors.join()
     if not errors.pictures:
         raise DataError(

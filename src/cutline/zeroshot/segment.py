@@ -26,9 +26,10 @@ from torch.nn import functional as F
 from cutline import towers
 from cutline.config import Config, check
 from cutline.errors import ConfigError, DataError
+from cutline.objectives.gather import together, world
 from cutline.record import Protocol, Result, write_atomic
 from cutline.towers.pictures import weights_hash
-from cutline.train.device import device_of
+from cutline.train.device import device_of, process_group
 from cutline.transfer.batches import resize_image
 from cutline.transfer.data import DenseData, open_data
 from cutline.transfer.metrics import Confusion
@@ -241,42 +242,45 @@ def names_of(config: SegmentConfig, classes: Sequence[str]) -> Names:
 
 
 def segment(model: towers.Model | str, data: str | DenseData, config: SegmentConfig, out: Path | None = None) -> Result:
-    """Score a model (or a run or tag) on a data set of class maps, without training.
+    """Score a model (or a run or tag) on a data set of class maps, without training; on all processes of torchrun.
 
     metrics: miou, macc and accuracy, what knowing nothing gives (see `chance`), iou by class; all shares of 1. With `out`,
     writes result.json and samples.png.
     """
     begun = time.monotonic()
     name = model if isinstance(model, str) else model.name or "model"
-    opened = open_data(data, "segment")
-    loaded = open_joint(model, device_of(config.device))
-    words = WordSegmenter(loaded, names_of(config, opened.classes), config, opened.classes)
-    part, rows, skipped = scored_rows(config, opened)
-    confusion = Confusion(len(opened.classes))
-    for samples in grouped(read_along(part, rows), config.batch):
-        for sample, ids in zip(samples, words.predict([s.image for s in samples]), strict=True):
-            confusion.update(torch.from_numpy(ids), torch.from_numpy(sample.target))
-    iou = dict(zip(opened.classes, confusion.iou().tolist(), strict=True))
-    idle = {"split", "device", "batch", "pictures", "names", "prompts", *([] if config.threshold else ["scale"])}
-    settings = words.config.model_dump(mode="json", exclude=idle)
-    settings |= {**described(words.names, words.templates), "scored": len(rows), "skipped": skipped}
-    settings |= {"data": opened.notes} if opened.notes else {}
-    settings |= {"proxy_hash": words.tower.proxy.hash} if words.tower.proxy is not None else {}
-    result = Result(
-        metrics={**confusion.scores(), **chance(confusion), "pictures": len(rows), "truncated": words.words.truncated},
-        per_class={"iou": {c: value for c, value in iou.items() if value == value}},  # absent classes are NaN
-        protocol=Protocol(
-            task="zeroshot-segment", data=opened.spec, data_fingerprint=opened.fingerprint, split=config.split,
-            settings=settings, encoder=name, encoder_hash=weights_hash(loaded),
-        ),
-        seconds=time.monotonic() - begun,
-    )  # fmt: skip
-    if out is not None:
-        from cutline.transfer.draw import class_grid
+    with process_group(config.device):
+        opened = open_data(data, "segment")
+        loaded = open_joint(model, device_of(config.device))
+        words = WordSegmenter(loaded, names_of(config, opened.classes), config, opened.classes)
+        part, rows, skipped = scored_rows(config, opened)
+        confusion = Confusion(len(opened.classes))
+        with together():
+            for samples in grouped(read_along(part, rows, each=config.batch), config.batch):
+                for sample, ids in zip(samples, words.predict([s.image for s in samples]), strict=True):
+                    confusion.update(torch.from_numpy(ids), torch.from_numpy(sample.target))
+        confusion.join()
+        iou = dict(zip(opened.classes, confusion.iou().tolist(), strict=True))
+        idle = {"split", "device", "batch", "pictures", "names", "prompts", *([] if config.threshold else ["scale"])}
+        settings = words.config.model_dump(mode="json", exclude=idle)
+        settings |= {**described(words.names, words.templates), "scored": len(rows), "skipped": skipped}
+        settings |= {"data": opened.notes} if opened.notes else {}
+        settings |= {"proxy_hash": words.tower.proxy.hash} if words.tower.proxy is not None else {}
+        result = Result(
+            metrics={**confusion.scores(), **chance(confusion), "pictures": len(rows), "truncated": words.words.truncated},
+            per_class={"iou": {c: value for c, value in iou.items() if value == value}},  # absent classes are NaN
+            protocol=Protocol(
+                task="zeroshot-segment", data=opened.spec, data_fingerprint=opened.fingerprint, split=config.split,
+                settings=settings, encoder=name, encoder_hash=weights_hash(loaded),
+            ),
+            seconds=time.monotonic() - begun,
+        )  # fmt: skip
+        if out is not None and world()[0] == 0:
+            from cutline.transfer.draw import class_grid
 
-        looked = shown(config, opened)
-        class_grid(out / "samples.png", looked, words.predict([s.image for s in looked]), opened.classes)
-        result.write(out)
+            looked = shown(config, opened)
+            class_grid(out / "samples.png", looked, words.predict([s.image for s in looked]), opened.classes)
+            result.write(out)
     return result
 
 
