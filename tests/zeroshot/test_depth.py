@@ -110,6 +110,11 @@ def test_names_of_bins_may_have_synonyms_the_nearest_of_which_counts(model: towe
     assert one.notes["names"] == [["near", "close by"], ["far"]]
 
 
+def test_pictures_smaller_than_a_patch_have_a_depth_of_their_size(model: towers.Model) -> None:
+    small = [np.zeros((2, 3, 3), np.uint8), np.full((1, 40, 3), 9, np.uint8)]
+    assert [metres.shape for metres in DepthClip(model, DepthClipConfig()).predict(small)] == [(2, 3), (1, 40)]
+
+
 @torch.no_grad()
 def test_every_token_of_the_attention_pooling_attends_as_its_mean_does() -> None:
     pool = open_clip.modified_resnet.AttentionPool2d(3, 32, 4, 16).double()

@@ -48,7 +48,7 @@ class Proposals:
 class MaskFormer(Pyramidal):
     """classes: K names; texts (K, D): their unit vectors; seen (K,): which of them training may use; vectors (tokens, W):
     of a learned prompt, none (0, 0) without one; regions: the CLIP, no part of the weights, set when training is done; notes:
-    what it was called there, as "clip"."""
+    "clip", its name, and "truncated", texts that its context cut."""
 
     regions: Regions
     texts: Tensor
