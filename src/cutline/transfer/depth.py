@@ -68,8 +68,9 @@ class MetresConfig(DenseConfig):
 class DepthConfig(MetresConfig):
     """Options of depth; the defaults suit a data set of hundreds of pictures.
 
-    channels: width of the head, default by the encoder's width. deconvolutions, filters: of the deconv head. bins, layers, upsample: of the linear head; layers 1 or 4, the encoder's
-    last map or four ("lin. 1" and "lin. 4" of DINOv2), upsample 4 there.
+    channels: width of the head, default by the encoder's width. deconvolutions, filters: of the deconv head. bins, layers,
+    upsample: of the linear head; layers 1 or 4, the encoder's last map or four ("lin. 1" and "lin. 4" of DINOv2), upsample
+    4 there.
 
     The papers' settings are recipes/transfer/{nyuv2,kitti}-*.yaml.
     """

@@ -2,9 +2,9 @@
 
 Class maps: single-channel index pictures (PNG, also with a palette). `classes.txt` names the classes, one a line (a blank
 one would move the ids, and is refused); without it there are as many as the largest label in train says. Label 255,
-labels given as `ignore=0+255` and classes named unlabelled, void or ignore do not count. Depth maps: integer PNG or TIFF times `scale` (default 0.001:
-millimetres), or float TIFF, npy and EXR (with the OpenEXR package) in metres, times `scale` if given. Zero, negative,
-NaN and infinite values are pixels without a reading.
+labels given as `ignore=0+255` and classes named unlabelled, void or ignore do not count. Depth maps: integer PNG or TIFF
+times `scale` (default 0.001: millimetres), or float TIFF, npy and EXR (with the OpenEXR package) in metres, times `scale`
+if given. Zero, negative, NaN and infinite values are pixels without a reading.
 """
 
 from functools import partial
