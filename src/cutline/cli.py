@@ -1,6 +1,5 @@
 """The command line: a thin skin over the Python API. Heavy libraries are imported inside the commands, when needed."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -119,10 +118,9 @@ def train(
 
     loaded = load(Recipe, recipe, list(overrides or []))
     folder = run(loaded, out or Path("runs") / loaded.name, resume)
-    if os.environ.get("RANK", "0") == "0":
-        joint = {"contrastive", "sigmoid"} & loaded.objective_configs().keys()
-        then = f"zeroshot retrieve --model {folder} --data {loaded.data.pairs}"
-        done(folder, f"cutline {then if joint else f'transfer segment --encoder {folder} --data SPEC'}")
+    joint = {"contrastive", "sigmoid"} & loaded.objective_configs().keys()
+    then = f"zeroshot retrieve --model {folder} --data {loaded.data.pairs}"
+    done(folder, f"cutline {then if joint else f'transfer segment --encoder {folder} --data SPEC'}")
 
 
 def _transfer(task: Any, measures: str) -> None:
@@ -162,8 +160,7 @@ def _transfer(task: Any, measures: str) -> None:
             result = transfer(task, encoder, data, config, folder, resume)
         else:
             result = run_sweep(task, encoder, data, config, folder, parse_rates(sweep), resume)
-        if os.environ.get("RANK", "0") == "0":
-            scored(result, folder, f"cutline transfer {task} --encoder {folder} --predict PICTURE")
+        scored(result, folder, f"cutline transfer {task} --encoder {folder} --predict PICTURE")
 
 
 _transfer("segment", "Semantic segmentation: mIoU, mAcc, pixel accuracy.")

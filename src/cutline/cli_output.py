@@ -1,5 +1,6 @@
-"""What commands share: the folder of a score, and what they print."""
+"""What commands share: the folder of a score, and what they print; under torchrun the first process alone does."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,17 @@ def folder_for(model: str, task: str, data: str, overrides: list[str] | None, re
     return base / f"{task}-{slug(data)[-60:].lstrip('-')}{options}"
 
 
+def first() -> bool:
+    """Whether this is the first process of torchrun, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def show(thing: Any) -> None:
     """Print a table or another thing that rich can draw."""
     from rich.console import Console
 
-    Console().print(thing)
+    if first():
+        Console().print(thing)
 
 
 def scored(result: Any, folder: Path, then: str = "") -> None:
@@ -36,6 +43,8 @@ def scored(result: Any, folder: Path, then: str = "") -> None:
 
 def done(path: Path, then: str = "") -> None:
     """Print where the outputs are, and the command to run next."""
+    if not first():
+        return
     print(f"Written: {path}")
     if then:
         print(f"Next: {then}")

@@ -1,13 +1,12 @@
 """The commands `cutline zeroshot …`: a thin skin over `cutline.zeroshot`."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from cutline.cli_output import done, folder_for, scored
+from cutline.cli_output import done, first, folder_for, scored
 
 app = typer.Typer(no_args_is_help=True, help="What an image–text model knows without labels.")
 
@@ -31,9 +30,9 @@ def retrieve(
     config = load(RetrieveConfig, None, list(overrides or []))
     if config.where is None:
         seen, config.where = held_out(model, data)
-        if config.where:
+        if config.where and first():
             print(f"Scoring only pairs that the model was not trained on: where {config.where}", file=sys.stderr)
-        elif seen:
+        elif seen and first():
             print(
                 "The model was trained on these very pairs: the scores say how well it learnt them, no more.",
                 file=sys.stderr,
@@ -96,6 +95,8 @@ def suite(
     loaded = load_suite(plan, list(overrides or []))
     folder = out or Path("runs") / f"suite-{loaded.name}"
     failed = run(loaded, model, folder, say=lambda line: print(line, file=sys.stderr, flush=True))
+    if not first():
+        return
     made = table(loaded, model, folder)
     write_table(made, folder, failed)
     from rich.table import Table
@@ -172,9 +173,8 @@ def depth(
     config = config_for(given)
     folder = out or folder_for(model, "zeroshot-depth", data, overrides)
     result = run(model, data, config, folder, resume)
-    if os.environ.get("RANK", "0") == "0":
-        named = model if config.method == "depthclip" else folder
-        scored(result, folder, f"cutline zeroshot depth --model {named} --picture PICTURE")
+    named = model if config.method == "depthclip" else folder
+    scored(result, folder, f"cutline zeroshot depth --model {named} --picture PICTURE")
 
 
 @app.command()
@@ -194,8 +194,7 @@ def adapt(
     config = load(AdaptConfig, recipe, list(overrides or []))
     folder = out or folder_for(model, "adapt", data, overrides, recipe)
     result = run(model, data, config, folder, resume)
-    if os.environ.get("RANK", "0") == "0":
-        scored(result, folder, f"cutline transfer classify --encoder {folder} --predict PICTURE")
+    scored(result, folder, f"cutline transfer classify --encoder {folder} --predict PICTURE")
 
 
 @app.command()
@@ -223,5 +222,4 @@ def proposals(
         return
     config = load(ProposalsConfig, None, list(overrides or []))
     result = run(model, data, config, folder, resume)
-    if os.environ.get("RANK", "0") == "0":
-        scored(result, folder, f"cutline zeroshot proposals --model {folder} --data SPEC   (other data)")
+    scored(result, folder, f"cutline zeroshot proposals --model {folder} --data SPEC   (other data)")

@@ -64,6 +64,21 @@ def test_a_folder_of_classes(folders: Make) -> None:
     assert open_data(f"imagefolder:{root}", "classify").fingerprint != before
 
 
+def test_a_class_that_is_called_as_a_part(folders: Make) -> None:
+    root = folders() / "val"
+    (root / "sea").rename(root / "train")
+    data = open_data(f"imagefolder:{root}", "zeroshot")
+    assert (data.classes, list(data.splits)) == (["apple", "leaf", "train"], ["all"])
+    assert data.split("all").labels.tolist() == [0, 0, 1, 1, 2, 2]
+    (root.parent / "meta").mkdir()  # a folder beside the parts that is no class
+    assert list(open_data(f"imagefolder:{root.parent}", "zeroshot").splits) == ["val"]
+    with pytest.raises(DataError, match="val/train holds pictures, and should hold a folder of them for each class"):
+        open_data(f"imagefolder:{root}", "classify")
+    (root / "train/steam").mkdir()
+    with pytest.raises(DataError, match="train holds folders, as a part.* and apple, leaf pictures, as a class does"):
+        open_data(f"imagefolder:{root}", "zeroshot")
+
+
 def test_webdataset_as_clip_benchmark_lays_it_out(tars: Make) -> None:
     root = tars()
     data = open_data(f"webdataset:{root}", "classify")

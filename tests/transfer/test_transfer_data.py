@@ -41,7 +41,7 @@ def test_classes_are_counted_in_train_when_not_named(folder: Folder) -> None:
 def test_labels_that_do_not_count(folder: Folder) -> None:
     """255, those given as ignore=, and classes named unlabelled; the ids of the others close up."""
     root = folder(train=1)
-    (root / "classes.txt").write_text("void\nred\nblue\n")
+    (root / "classes.txt").write_text("\ufeffvoid\nred\nblue\n\n", encoding="utf-8")
     mask = np.array([[0, 1], [2, 255]], np.uint8)
     write(root / "train/masks/000.png", np.kron(mask, np.ones((16, 16), np.uint8)))
     data = open_data(f"folder:{root}", "segment")
@@ -50,6 +50,13 @@ def test_labels_that_do_not_count(folder: Folder) -> None:
     data = open_data(f"folder:{root},ignore=2", "segment")
     assert data.classes == ["red"]
     assert data.splits["train"].read(0).target[::16, ::16].tolist() == [[IGNORE, 0], [IGNORE, IGNORE]]
+
+
+def test_a_blank_line_among_the_classes_whose_places_are_ids_is_refused(folder: Folder) -> None:
+    root = folder(train=1)
+    (root / "classes.txt").write_text("ground\n\nred\nblue\n")
+    with pytest.raises(DataError, match=r"classes.txt is blank in line 2"):
+        open_data(f"folder:{root}", "segment")
 
 
 def test_palette_masks_are_read_as_indices(folder: Folder) -> None:

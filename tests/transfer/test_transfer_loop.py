@@ -318,7 +318,7 @@ def test_the_protocol_keeps_options_of_the_data_apart_from_those_of_the_run(
     folder: Callable[..., Path], encoder: Any
 ) -> None:
     """Both have a `scale`: metres of a stored unit, and the range of random enlargement."""
-    config = DepthConfig(**DENSE, scale=(0.8, 1.25))
+    config = DepthConfig(**QUICK, channels=64, scale=(0.8, 1.25))
     settings = depth(encoder, f"folder:{folder()},scale=0.001", config).protocol.settings
     assert settings["scale"] == [0.8, 1.25]
     assert settings["data"] == {"scale": 0.001}

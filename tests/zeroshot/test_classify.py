@@ -123,6 +123,9 @@ def test_folders_of_classes_without_parts_and_scenes_without_train(model, pictur
     assert (result.metrics["pictures"], result.protocol.split) == (21, "all")
     scenes = classify(model, "scenes:n=1,size=48,objects=24", ClassifyConfig(prompts="name", pictures=3, split="val"))
     assert (scenes.metrics["classes"], scenes.metrics["pictures"]) == (24, 3)
+    (pictures / "nothing").mkdir()
+    with pytest.raises(DataError, match="has no picture with a class"):
+        classify(model, f"imagefolder:{pictures}/nothing", ClassifyConfig())
     with pytest.raises(DataError, match="no split 'train'; it has val, test"):
         classify(model, "scenes:size=48,objects=24", ClassifyConfig(split="train"))
 

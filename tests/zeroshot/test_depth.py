@@ -22,7 +22,7 @@ from cutline.towers.store import build
 from cutline.transfer import store
 from cutline.transfer.depth import score
 from cutline.zeroshot.depth import config_for, depth, predict
-from cutline.zeroshot.depthclip import METRES, WORDS, DepthClip, DepthClipConfig, attended, joint_map, resolved
+from cutline.zeroshot.depthclip import METRES, NAMES, DepthClip, DepthClipConfig, attended, joint_map, resolved
 from cutline.zeroshot.embedded import EmbeddedText, framed, room
 from cutline.zeroshot.mirror import Mirror, MirrorConfig
 from cutline.zeroshot.tokens import TokensConfig
@@ -70,7 +70,7 @@ def rooms(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_depthclip_is_the_plain_formula(model: towers.Model) -> None:
     """Softmax over a thousand cosines, the mean of the bins, and the mean with the mirror image; in float64."""
     twice = made().double()
-    texts = twice.encode_text(open_clip.tokenize([f"This object is {w}" for w in WORDS], context_length=16))
+    texts = twice.encode_text(open_clip.tokenize([f"This object is {w}" for w in NAMES], context_length=16))
     texts = texts / texts.norm(dim=-1, keepdim=True)
     x = torch.rand(3, 3, 32, 32, dtype=torch.float64)
 
@@ -92,6 +92,27 @@ def test_depthclip_is_the_plain_formula(model: towers.Model) -> None:
     both = [single.eval()(b).flip(3) if f else single(b) for f, b in ((0, batch), (1, batch.flip(3)))]
     for found, expected in zip(single.predict(pictures), ((both[0] + both[1]) / 2)[:, 0], strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_names_of_bins_may_have_synonyms_the_nearest_of_which_counts(model: towers.Model, tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("\ufeffnear, close by\n\nfar\n", encoding="utf-8")
+    one, two = (
+        DepthClip(model, DepthClipConfig(names=names, bins=[1, 3], temperature=5))
+        for names in (str(tmp_path / "names.txt"), "near, close by; far")
+    )
+    joint = torch.randn(2, 32, 3, 4)
+    cosine = nn.functional.normalize(joint, dim=1).flatten(2).transpose(1, 2) @ two.head.texts.T  # near, close by, far
+    best = torch.stack([cosine[..., :2].amax(-1), cosine[..., 2]], -1)
+    expected = ((20 * best).softmax(-1) * torch.tensor([1.0, 3.0])).sum(-1).view(2, 1, 3, 4)
+    torch.testing.assert_close(two.head([joint]), expected)
+    assert one.notes == two.notes
+    assert one.notes["names"] == [["near", "close by"], ["far"]]
+
+
+def test_pictures_smaller_than_a_patch_have_a_depth_of_their_size(model: towers.Model) -> None:
+    small = [np.zeros((2, 3, 3), np.uint8), np.full((1, 40, 3), 9, np.uint8)]
+    assert [metres.shape for metres in DepthClip(model, DepthClipConfig()).predict(small)] == [(2, 3), (1, 40)]
 
 
 @torch.no_grad()
@@ -208,7 +229,7 @@ def test_resume_after_a_kill_gives_the_same_model(
 def test_bins_of_the_data_are_quantiles_and_the_protocol_says_that_labels_were_used(
     model: towers.Model, rooms: str
 ) -> None:
-    config = DepthClipConfig(words=["near", "far"], bins="data", max_depth=5.9)
+    config = DepthClipConfig(names=["near", "far"], bins="data", max_depth=5.9)
     result = depth(model, rooms, config)
     readings = []
     for path in sorted(Path(rooms.removeprefix("folder:")).glob("train/depth/*.png")):
@@ -227,7 +248,7 @@ def test_bins_of_the_data_are_quantiles_and_the_protocol_says_that_labels_were_u
 
 def test_readings_outside_the_range_do_not_count(model: towers.Model, rooms: str) -> None:
     """A constant of 3 m is as far off as its formula says, over readings within the range."""
-    found = depth(model, rooms, DepthClipConfig(words=["a", "b"], bins=[2.9999999, 3.0], min_depth=1.5, max_depth=5))
+    found = depth(model, rooms, DepthClipConfig(names=["a", "b"], bins=[2.9999999, 3.0], min_depth=1.5, max_depth=5))
     errors = []
     for path in Path(rooms.removeprefix("folder:")).glob("val/depth/*.png"):
         metres = np.asarray(Image.open(path)) / 1000
@@ -240,17 +261,20 @@ def test_readings_outside_the_range_do_not_count(model: towers.Model, rooms: str
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        (["bins=[1,2]"], "7 words and 2 bins"),
-        (["bins=[3]", "words=[far]"], "one bin gives one depth"),
-        (["words=[far]", "bins=data"], "one word gives one depth"),
-        (["words=[far,near]", "bins=[2,1]"], "must be positive and rise"),
+        (["bins=[1,2]"], "7 names and 2 bins"),
+        (["bins=[3]", "names=[far]"], "one bin gives one depth"),
+        (["names=[far]", "bins=data"], "one name gives one depth"),
+        (["names=[far,near]", "bins=[2,1]"], "must be positive and rise"),
         (["method=tokens", "bins=[2,2]"], "must be positive and rise"),
-        (["words=[far,'']", "bins=[1,2]"], "is blank"),
+        (["names=[far,'']", "bins=[1,2]"], "class 2 of 2 has no name"),
         (["stride=16"], "crop and stride are of test=slide"),
         (["lr=0.1"], "method=depthclip trains nothing: leave lr out"),
         (["labels=10"], "only bins=data looks at labels"),
         (["method=mirror", "temperature=1"], "temperature"),
         (["method=mirror", "frozen=false"], "frozen"),
+        (["method=mirror", "pyramid=taps"], "unknown key 'pyramid'"),
+        (["method=mirror", "pyramid_channels=64"], "unknown key 'pyramid_channels'"),
+        (["method=tokens", "channels=64"], "unknown key 'channels'"),
         (["method=magic"], "none of depthclip, tokens, mirror"),
         (["min_depth=3", "max_depth=2"], "must be below max_depth"),
     ],
@@ -264,7 +288,10 @@ def test_bad_models_words_and_data_are_told(model: towers.Model, rooms: str, tmp
     with pytest.raises(CutlineError, match="image tower without a text tower"):
         depth("scratch:resnet18", rooms, DepthClipConfig())
     with pytest.raises(ConfigError, match="both called 'Far'"):
-        depth(model, rooms, DepthClipConfig(words=["far", "Far"], bins=[1, 2]))
+        depth(model, rooms, DepthClipConfig(names=["far", "Far"], bins=[1, 2]))
+    cut = depth(model, rooms, DepthClipConfig(prompts="it is {} " + "and so on " * 9, pictures=1))
+    assert cut.metrics["truncated"] == 7
+    assert "truncated" not in cut.protocol.settings
     with pytest.raises(ConfigError, match="must hold {} once"):
         depth(model, rooms, DepthClipConfig(prompts=["no place"]))
     with pytest.raises(ConfigError, match="trains nothing: leave --resume out"):

@@ -34,13 +34,19 @@ def test_names_inline_and_in_a_file_with_blank_lines_and_a_byte_order_mark(tmp_p
         == [["a red apple"], ["grass", "lawn"], ["sky"]]
     )
     assert class_names("sky") == [["sky"]]
+    path.write_text("\ufeffa photo of a {}.\n\na {c}\n", encoding="utf-8")
+    assert prompts(str(path)) == ["a photo of a {}.", "a {}"]
 
 
-def test_two_classes_of_one_name_and_no_class_are_refused():
+def test_two_classes_of_one_name_and_no_class_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="classes 1 and 3 are both called 'Sky'"):
         class_names("sky; tree; Sky")
-    with pytest.raises(ConfigError, match="there is no class"):
-        class_names(" ; ")
+    (tmp_path / "none.txt").write_text("\ufeff\n \n", encoding="utf-8")
+    for nothing in (" ; ", "", [], str(tmp_path / "none.txt")):
+        with pytest.raises(ConfigError, match="there is no class"):
+            class_names(nothing)
+    with pytest.raises(ConfigError, match="there is no prompt"):
+        prompts(str(tmp_path / "none.txt"))
 
 
 def test_a_class_whose_name_is_blank_is_refused_and_no_other_takes_its_place():

@@ -112,6 +112,13 @@ def test_regions_are_classified_by_clip_and_masks_that_are_nowhere_keep_one(clip
     assert (p[1] == 1).all()
 
 
+def test_pictures_smaller_than_a_patch_have_a_map_of_their_size(clip):
+    model = untrained(clip)
+    model.regions = Regions(clip)
+    small = [np.zeros((2, 3, 3), np.uint8), np.full((1, 40, 3), 9, np.uint8)]
+    assert [ids.shape for ids in predict(model, small)] == [(2, 3), (1, 40)]
+
+
 def test_class_logits_are_scaled_cosines_with_the_texts_and_no_object(clip):
     model = untrained(clip).eval()
     with torch.no_grad():
@@ -202,7 +209,7 @@ def test_a_learned_prompt_goes_through_the_tower_in_place_of_words(clip, data):
 
 def test_a_tiny_model_learns_the_seen_classes_of_a_few_pictures(clip, data, monkeypatch):
     # An untrained tower's texts are nearly one; and what was never trained against, the unseen one, is left out below.
-    monkeypatch.setattr("cutline.zeroshot.proposals.texts_of", lambda *_: torch.eye(32)[:4])
+    monkeypatch.setattr("cutline.zeroshot.proposals.texts_of", lambda *_: (torch.eye(32)[:4], 0))
     model = fit(clip, data, config(steps=50, layers=1, layer_decay=1.0, flip=False, drop_path=0))
     part, confusion, seen = zero_shot(data, ["blue"])[0].split("train"), Confusion(4), model.seen.nonzero()[:, 0]
     for sample in (part.read(i) for i in range(8)):
@@ -241,9 +248,12 @@ def test_a_run_is_written_loaded_and_scored_on_other_data(
     assert "Next: cutline zeroshot proposals --model" in done.stdout
     assert (out / "samples.png").stat().st_size > 1000
     result, model = Result.read(out), load(out)
-    assert score(model, data).metrics == result.metrics
+    again = score(model, data)
+    assert again.metrics == result.metrics
     assert {"hiou", "seen_miou", "unseen_miou", "maskformer_hiou", "clip_hiou"} <= set(result.metrics)
     assert result.protocol.settings["unseen"] == ["blue"]
+    assert result.metrics["truncated"] == 0
+    assert again.protocol.encoder == result.protocol.encoder == source
     assert proposals(source, data, config(), out, resume=True) == result  # finished: nothing is trained
     with pytest.raises(ConfigError, match="another config, encoder or data"):
         proposals(source, data, config(lr=1e-4), out, resume=True)

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 from hypothesis import given
@@ -150,6 +151,9 @@ def test_score_carries_its_protocol(model, tmp_path):
     result = retrieve(model, Some(), RetrieveConfig(max_texts=2), "somewhere", tmp_path)
     assert Result.read(tmp_path) == result
     assert result.metrics["texts"] == 20
+    captions = [text for row in Some().read(range(1, 11), ["captions"]) for text in row["captions"][:2]]
+    longer = sum(len(open_clip.get_tokenizer("ViT-B-32").encode(text)) + 2 > 16 for text in captions)
+    assert result.metrics["truncated"] == longer > 0
     assert result.protocol.settings["columns"] == ["captions"]
     assert result.protocol.settings["hit"] == "any"
     assert len(result.protocol.encoder_hash) == 16

@@ -100,8 +100,8 @@ def test_pictures_smaller_than_a_patch_and_long_ones_have_a_map_of_their_size(mo
 
 
 def test_uncertain_pixels_and_small_classes_are_background(model):
-    image, options = pictures((20, 24))[0], {"scale": 30.0}
-    segmenter = words(model, threshold=0.3, area=0.4, **options)
+    image = pictures((20, 24))[0]
+    segmenter = words(model, threshold=0.3, area=0.4, scale=30.0)
     pixels = torch.from_numpy(image).permute(2, 0, 1)
     with torch.no_grad():
         cosines = next(segmenter._each(pixels[None]))
@@ -114,7 +114,7 @@ def test_uncertain_pixels_and_small_classes_are_background(model):
             best[k] = 0
     expected = torch.where(best.amax(0) < 0.3, 0, best.argmax(0))
     assert (segmenter.predict([image])[0] == expected.numpy()).all()
-    assert not (expected == words(model, **options).predict([image])[0]).all()
+    assert not (expected == words(model).predict([image])[0]).all()
 
 
 def test_a_threshold_without_a_background_is_refused(model):
@@ -186,10 +186,12 @@ def test_chance_is_what_knowing_nothing_gets():
     ):
         confusion = Confusion(4)
         confusion.update(guess, truth)
-        found[name] = confusion.scores()["miou"]
+        found[name] = confusion.scores()
     expected = chance(confusion)
-    assert expected["chance_uniform"] == pytest.approx(found["uniform"], abs=0.002)
-    assert expected["chance_majority"] == pytest.approx(found["majority"], abs=1e-9)
+    assert expected["chance_miou"] == pytest.approx(found["uniform"]["miou"], abs=0.002)
+    assert expected["chance_accuracy"] == pytest.approx(found["uniform"]["accuracy"], abs=0.002)
+    assert expected["chance_macc"] == pytest.approx(found["uniform"]["macc"], abs=0.005)
+    assert expected["majority_miou"] == pytest.approx(found["majority"]["miou"], abs=1e-9)
 
 
 @pytest.fixture
@@ -220,7 +222,8 @@ def test_a_data_set_is_scored_with_its_protocol_and_a_drawing(model, folder, cap
     assert result.metrics["pictures"] == 11
     assert set(result.per_class["iou"]) == {"ground", "red_box", "blueBox"}
     settings = result.protocol.settings
-    assert (settings["method"], settings["short"], settings["scale"], settings["skipped"]) == ("maskclip", 48, 40.0, 1)
+    assert (settings["method"], settings["short"], settings["skipped"]) == ("maskclip", 48, 1)
+    assert "scale" not in settings  # without a threshold
     assert (
         settings["names_hash"]
         != segment(model, f"folder:{folder}", SegmentConfig(prompts="photo")).protocol.settings["names_hash"]
@@ -243,6 +246,7 @@ def test_an_encoder_without_a_text_tower_says_what_it_can_do():
 @pytest.mark.parametrize(("wrong", "message"), [
     (["window=20", "stride=30"], "at most the window of 20"), (["method=proxyclip"], "give both, or neither"),
     (["method=sclipp"], "'sclip'"), (["scale=0"], "greater than 0"),
+    (["scale=65"], "scale is of threshold"), (["scale=65", "area=0.1"], "scale is of threshold"),
 ])  # fmt: skip
 def test_options_that_cannot_be_are_refused(wrong, message):
     with pytest.raises(ConfigError, match=message):
@@ -265,7 +269,7 @@ def test_the_command_draws_a_picture_and_scores_scenes(here, tmp_path, monkeypat
     assert Path("one/classes.txt").read_text() == "a red apple\ngrass\nsky"
     done = here(*command, "--data", "scenes:n=4,size=48", "pictures=2", "prompts=name", "method=naclip", "--out", "two")
     assert done.returncode == 0, done.stderr
-    assert "chance_uniform" in done.stdout
+    assert "chance_miou" in done.stdout
     assert json.loads(Path("two/result.json").read_text())["protocol"]["task"] == "zeroshot-segment"
     assert "give --data SPEC to score on, or --picture" in here(*command).stderr
 

@@ -1,5 +1,7 @@
 """Features of all processes, with gradients, so that a loss per process averages to the loss of the joined batch."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -7,6 +9,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+
+from cutline.errors import CutlineError
 
 T = TypeVar("T")
 
@@ -46,6 +50,35 @@ def of_all(value: T) -> list[T]:
     found: list[T | None] = [None] * world()[1]
     dist.all_gather_object(found, value)
     return [v for v in found if v is not None]
+
+
+def own_share(count: int, each: int = 1) -> range:
+    """The places of this process's share of `count`: shares are consecutive, and of whole groups of `each` (but for the last of
+    all), so that batches of that size hold what they hold in one process."""
+    rank, size = world()
+    groups = -(-count // each)
+    first, stop = (min(count, groups * r // size * each) for r in (rank, rank + 1))
+    return range(first, stop)
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """The body is this process's part of what all do, without a word to the others; what it raises on one process is raised on
+    all at its end, so that none waits for one that is gone."""
+    if world()[1] == 1:
+        yield
+        return
+    problem: Exception | None = None
+    try:
+        yield
+    except Exception as e:
+        problem = e
+    told = problem if problem is None or isinstance(problem, CutlineError) else f"{type(problem).__name__}: {problem}"
+    problems = [found for (found,) in of_all((told,)) if found is not None]
+    if problem is not None:
+        raise problem
+    if problems:
+        raise problems[0] if isinstance(problems[0], CutlineError) else CutlineError(problems[0])
 
 
 def gather(x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cutline.errors import DataError
+from cutline.objectives.gather import world
 from cutline.progress import progress
 
 Task = Literal["segment", "depth", "classify", "detect", "zeroshot"]
@@ -44,6 +45,9 @@ class Skip(DataError):
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+    def __reduce__(self) -> tuple[type["Skip"], tuple[str, str]]:
+        return Skip, (self.reason, str(self))  # to other processes
 
 
 @dataclass
@@ -104,6 +108,10 @@ class Split:
 
         Raises `DataError` when more than `SKIP_SHARE` of them cannot be used.
         """
+        return sorted_out(self.name, rows, self.problems(rows))
+
+    def problems(self, rows: Sequence[int]) -> list[Skip | None]:
+        """Of each row what is wrong with it, or None."""
 
         def attempt(row: int) -> Skip | None:
             try:
@@ -114,14 +122,19 @@ class Split:
 
         with (
             ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-            progress(f"reading {self.name}", len(rows), "pictures") as tick,
+            progress(f"reading {self.name}", len(rows), "pictures", world()[0] == 0) as tick,
         ):
-            problems: list[Skip | None] = []
+            found: list[Skip | None] = []
             for problem in pool.map(attempt, rows):
-                problems.append(problem)
+                found.append(problem)
                 tick()
-        counts = tell_skipped(self.name, [p for p in problems if p is not None], len(rows))
-        return [row for row, problem in zip(rows, problems, strict=True) if problem is None], counts
+        return found
+
+
+def sorted_out(name: str, rows: Sequence[int], problems: Sequence[Skip | None]) -> tuple[list[int], Counter[str]]:
+    """Those of `rows` that can be used, and the others counted by reason, as `tell_skipped` does."""
+    counts = tell_skipped(name, [p for p in problems if p is not None], len(rows))
+    return [row for row, problem in zip(rows, problems, strict=True) if problem is None], counts
 
 
 def tell_skipped(name: str, bad: Sequence[Skip], total: int) -> Counter[str]:
@@ -133,7 +146,8 @@ def tell_skipped(name: str, bad: Sequence[Skip], total: int) -> Counter[str]:
         message = f"{name}: {len(bad)} of {total} pictures skipped ({reasons}). For example:\n  {examples}"
         if len(bad) > SKIP_SHARE * total:
             raise DataError(f"{message}\nMore than {SKIP_SHARE:.0%} is too many: put the data right.")
-        print(message, file=sys.stderr)
+        if world()[0] == 0:
+            print(message, file=sys.stderr)
     return counts
 
 

@@ -21,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from cutline.errors import DataError
+from cutline.objectives.gather import together
 from cutline.record import Result
 from cutline.transfer import heads, pyramid
 from cutline.transfer.augment import CutDepth
@@ -67,14 +68,16 @@ class MetresConfig(DenseConfig):
 class DepthConfig(MetresConfig):
     """Options of depth; the defaults suit a data set of hundreds of pictures.
 
-    deconvolutions, filters: of the deconv head. bins, layers, upsample: of the linear head; layers 1 or 4, the encoder's
-    last map or four ("lin. 1" and "lin. 4" of DINOv2), upsample 4 there.
+    channels: width of the head, default by the encoder's width. deconvolutions, filters: of the deconv head. bins, layers,
+    upsample: of the linear head; layers 1 or 4, the encoder's last map or four ("lin. 1" and "lin. 4" of DINOv2), upsample
+    4 there.
 
     The papers' settings are recipes/transfer/{nyuv2,kitti}-*.yaml.
     """
 
     head: Literal["deconv", "dpt", "linear"] = "deconv"
     layer_decay: float = Field(0.9, gt=0, le=1)
+    channels: int | None = Field(None, ge=1)
     deconvolutions: int = Field(3, ge=0, le=5)
     filters: int = Field(32, ge=1)
     bins: int = Field(256, ge=2)
@@ -213,10 +216,11 @@ def score(model: DepthModel, data: str | DenseData, split: SplitName | None = No
     part, rows, skipped = scored_rows(config, opened)
     device, view, errors = next(model.parameters()).device, look(config), DepthErrors()
     model.eval()
-    for images, targets in by_shape(((s.image, s.target) for s in read_along(part, rows)), config.batch):
-        for predicted, target in zip(model.clamp(view(model, images))[:, 0], targets, strict=True):
-            truth = torch.from_numpy(target).to(device)
-            errors.update(predicted, truth, counted(truth, config))
+    with together():
+        for images, targets in by_shape(((s.image, s.target) for s in read_along(part, rows)), config.batch):
+            for predicted, target in zip(model.clamp(view(model, images))[:, 0], targets, strict=True):
+                truth = torch.from_numpy(target).to(device)
+                errors.update(predicted, truth, counted(truth, config))
     errors.join()
     if not errors.pictures:
         raise DataError(

@@ -103,6 +103,19 @@ def lines(path: Path) -> list[list[str]]:
     return [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
+def names_in(path: Path) -> list[str] | None:
+    """The lines of a file, whose places are ids, without a byte-order mark; blank ones can only be the last, or it is a
+    `DataError`. None where there is no such file."""
+    if not path.is_file():
+        return None
+    found = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
+    if "" in found:
+        raise DataError(
+            f"{path} is blank in line {found.index('') + 1}, whose place is an id: write what belongs there."
+        )
+    return found
+
+
 def ids(path: Path) -> list[str]:
     """The names in a list, one a line, without folders and suffixes."""
     return [Path(words[0]).stem for words in lines(path)]

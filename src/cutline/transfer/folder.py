@@ -1,10 +1,10 @@
 """A folder of your own: {train,val[,test]}/{images,masks|depth}, a picture and its target sharing their stem.
 
-Class maps: single-channel index pictures (PNG, also with a palette). `classes.txt` names the classes, one a line;
-without it there are as many as the largest label in train says. Label 255, labels given as `ignore=0+255` and classes
-named unlabelled, void or ignore do not count. Depth maps: integer PNG or TIFF times `scale` (default 0.001:
-millimetres), or float TIFF, npy and EXR (with the OpenEXR package) in metres, times `scale` if given. Zero, negative,
-NaN and infinite values are pixels without a reading.
+Class maps: single-channel index pictures (PNG, also with a palette). `classes.txt` names the classes, one a line (a blank
+one would move the ids, and is refused); without it there are as many as the largest label in train says. Label 255,
+labels given as `ignore=0+255` and classes named unlabelled, void or ignore do not count. Depth maps: integer PNG or TIFF
+times `scale` (default 0.001: millimetres), or float TIFF, npy and EXR (with the OpenEXR package) in metres, times `scale`
+if given. Zero, negative, NaN and infinite values are pixels without a reading.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from cutline.errors import DataError
 from cutline.transfer.data import DenseData, Task
-from cutline.transfer.files import Row, build, paired, parse, scale_of
+from cutline.transfer.files import Row, build, names_in, paired, parse, scale_of
 from cutline.transfer.targets import DEPTHS, MASKS, label_table, read_depth, read_index, read_mask
 
 FOLDERS = {"segment": "masks", "depth": "depth"}
@@ -62,10 +62,8 @@ def _rows(folder: Path, task: Task) -> list[Row]:
 
 def _classes(root: Path, ignored: set[int], masks: list[Path | None]) -> tuple[list[str], NDArray[np.int16]]:
     """Names of the classes, and the table of their labels."""
-    names_file = root / "classes.txt"
-    if names_file.is_file():
-        names = [line.strip() for line in names_file.read_text(encoding="utf-8").splitlines() if line.strip()]
-    else:
+    names = names_in(root / "classes.txt")
+    if names is None:
         names = [str(k) for k in range(_largest([m for m in masks if m is not None], ignored) + 1)]
     labels = [k for k, name in enumerate(names) if name.lower() not in NO_CLASS and k not in ignored]
     if not labels:

@@ -76,14 +76,10 @@ class DenseConfig(TransferConfig):
     at most 512. short: first resize the short side to this many pixels, in training and in test. colour: "photometric"
     (mmsegmentation's) or "jitter" (of the MIM depth protocol), see `augment`. test: "whole"
     pictures, or "slide" with windows of `crop` every `stride` pixels (default half the crop). test_flip: average with
-    the mirror image. channels: width of the head, default by the encoder's width; pyramid_channels: of the ViTDet
-    pyramid (256 in the paper).
+    the mirror image.
     """
 
     lr: float = Field(5e-4, gt=0)
-    pyramid: Literal["vitdet", "taps"] = "vitdet"
-    channels: int | None = Field(None, ge=1)
-    pyramid_channels: int | None = Field(None, ge=1)
     crop: tuple[int, int] | None = None
     scale: tuple[float, float] = (1.0, 1.0)
     short: int | None = Field(None, ge=16)
@@ -108,6 +104,17 @@ class DenseConfig(TransferConfig):
     @classmethod
     def _rising(cls, value: tuple[float, float]) -> tuple[float, float]:
         return rising(value)
+
+
+class PyramidConfig(DenseConfig):
+    """Options of dense tasks whose head reads a pyramid.
+
+    channels: width of the head, default by the encoder's width; pyramid_channels: of the ViTDet pyramid (256 in the paper).
+    """
+
+    pyramid: Literal["vitdet", "taps"] = "vitdet"
+    channels: int | None = Field(None, ge=1)
+    pyramid_channels: int | None = Field(None, ge=1)
 
 
 def rising(value: tuple[float, float]) -> tuple[float, float]:

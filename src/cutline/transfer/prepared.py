@@ -31,16 +31,15 @@ class Prepared(Generic[C]):
 
 
 class PreparedDense(Prepared[D]):
-    """`Prepared` with the crop and the widths of the head chosen as well."""
+    """`Prepared` with the crop, and the widths of a head that has them, chosen as well."""
 
     def __init__(self, config: D, data: DenseData, width: int) -> None:
         super().__init__(config, data)
         self.crop = config.crop or self._crop(config.short)
-        channels = config.channels or default_channels(width)
-        between = config.pyramid_channels or min(256, channels)
-        self.config = self.config.model_copy(
-            update={"crop": self.crop, "channels": channels, "pyramid_channels": between}
-        )
+        given = config.model_dump(include={"channels", "pyramid_channels"})
+        channels = given.get("channels") or default_channels(width)
+        widths = {"channels": channels, "pyramid_channels": given.get("pyramid_channels") or min(256, channels)}
+        self.config = self.config.model_copy(update={"crop": self.crop, **{name: widths[name] for name in given}})
         look(self.config)  # a stride that leaves pixels out is told before training, too
 
     def batches(self, mean: tuple[float, float, float], empty: int, cutdepth: CutDepth | None = None) -> Batches:

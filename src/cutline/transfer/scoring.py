@@ -6,11 +6,11 @@ from typing import Any, TypeVar
 from typing import Protocol as Structure
 
 from cutline.errors import DataError
-from cutline.objectives.gather import world
+from cutline.objectives.gather import of_all, own_share, together, world
 from cutline.progress import progress
 from cutline.record import Protocol
 from cutline.transfer.batches import THREADS, ahead
-from cutline.transfer.data import DenseData, Sample, Skip, Split
+from cutline.transfer.data import DenseData, Sample, Skip, Split, sorted_out
 from cutline.transfer.model import Transferred
 from cutline.transfer.options import NO_NUMBER, SplitName, TransferConfig, precision
 
@@ -25,23 +25,26 @@ class Scored(Structure):
 
 
 def scored_rows(config: Scored, data: DenseData) -> tuple[Split, list[int], int]:
-    """The split to score, the rows of it that can be read, and how many were skipped."""
+    """The split to score, the rows of it that can be read, and how many were skipped; each process reads its share."""
     split = data.split(config.split)
-    wanted = config.pictures or data.default_pictures or len(split)
-    rows, skipped = split.usable(range(min(wanted, len(split))))
+    wanted = range(min(config.pictures or data.default_pictures or len(split), len(split)))
+    with together():
+        mine = split.problems(own_share(len(wanted)))
+    rows, skipped = sorted_out(split.name, wanted, [problem for part in of_all(mine) for problem in part])
     if not rows:
         raise DataError(f"{data.spec}: the split {config.split!r} has no picture to score.")
     return split, rows, sum(skipped.values())
 
 
-def read_along(split: Split, rows: list[int], then: Callable[[Sample], Sample] = lambda s: s) -> Iterator[Sample]:
+def read_along(
+    split: Split, rows: list[int], then: Callable[[Sample], Sample] = lambda s: s, each: int = 1
+) -> Iterator[Sample]:
     """The samples of this process's share of the rows, and what `then` makes of them, read ahead by threads; with progress.
 
-    Shares are consecutive, so that joined in order of the processes they are all rows in theirs.
+    Shares are consecutive, so that joined in order of the processes they are all rows in theirs; each: as in `own_share`.
     """
-    rank, size = world()
-    mine = rows[len(rows) * rank // size : len(rows) * (rank + 1) // size]
-    with progress(f"scoring {split.name}", len(mine), "pictures", rank == 0) as tick:
+    mine = [rows[place] for place in own_share(len(rows), each)]
+    with progress(f"scoring {split.name}", len(mine), "pictures", world()[0] == 0) as tick:
         for sample in ahead(lambda row: then(split.read(row)), mine, THREADS):
             yield sample
             tick()

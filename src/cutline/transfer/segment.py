@@ -26,13 +26,13 @@ from cutline.transfer.data import DenseData, open_data
 from cutline.transfer.finetune import finetune
 from cutline.transfer.metrics import IGNORE, Confusion
 from cutline.transfer.model import Dense, Look, by_shape
-from cutline.transfer.options import DenseConfig, SplitName, default_channels, look, seeded
+from cutline.transfer.options import PyramidConfig, SplitName, default_channels, look, seeded
 from cutline.transfer.prepared import PreparedDense, encoder_of
 from cutline.transfer.run import run
 from cutline.transfer.scoring import protocol, read_along, scored_rows, shown
 
 
-class SegmentConfig(DenseConfig):
+class SegmentConfig(PyramidConfig):
     """Options of segmentation; the defaults suit a data set of hundreds of pictures.
 
     aux: weight of the loss of an auxiliary FCN head beside UPerNet (0.4 in mmsegmentation's recipes). test_scales: look

@@ -20,6 +20,7 @@ from cutline.pairs.samples import Missing, Picture, Wanted
 from cutline.pairs.tars import TarFeed
 from cutline.transfer.classes import PARTS, Pictures, class_data, scored_parts, spec_options, val_share
 from cutline.transfer.data import DenseData, Skip, Task
+from cutline.transfer.files import names_in
 
 LAYOUT = "The layout is {train,test}/*.tar, each sample a picture and its class id in .cls"
 
@@ -43,24 +44,12 @@ def open(rest: str, task: Task) -> DenseData:
     if not found or (task == "classify" and "train" not in found):
         raise DataError(f"{spec}: there is no folder {root / ('train' if task == 'classify' else 'test')}. {LAYOUT}.")
     rows = {name: _rows(root / name) for name in scored_parts(found, task)}
-    names = _lines(root / "classnames.txt")
-    prompts = _lines(root / "zeroshot_classification_templates.txt") or []
+    names = names_in(root / "classnames.txt")
+    prompts = names_in(root / "zeroshot_classification_templates.txt") or []
     parts = {name: _pictures(found, names) for name, found in rows.items()}
     if names is None:
         names = [str(i) for i in range(max(int(p.labels.max(initial=-1)) for p in parts.values()) + 1)]
     return class_data(spec, task, parts, names, share, {}, prompts)
-
-
-def _lines(path: Path) -> list[str] | None:
-    """Its lines, whose places are ids; blank ones can only be the last. None where there is no such file."""
-    if not path.is_file():
-        return None
-    lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").rstrip().splitlines()]
-    if "" in lines:
-        raise DataError(
-            f"{path} is blank in line {lines.index('') + 1}, whose place is an id: write what belongs there."
-        )
-    return lines
 
 
 def _rows(folder: Path) -> list[Row]:

@@ -61,7 +61,7 @@ class Adapted(Must):
         self.source_hash = weights_hash(start)  # both towers: a run goes on with these words alone
         self.start = (encoder, start)  # in a tuple: not a part of this module
         self.words = copy.deepcopy(self.head.state_dict())
-        self.classes, self.names = list(classes), names
+        self.classes, self.names, self.truncated = list(classes), names, words.truncated
 
     def classifiers(self) -> dict[str, Classifier]:
         """By the prefix of their scores: the words before, the adapted one, its teacher, the words on the adapted tower."""
@@ -186,7 +186,8 @@ def fit(start: towers.Model, data: DenseData, config: AdaptConfig, out: Path | N
 def score(model: Adapted, data: DenseData) -> Result:
     """top1, top5 and mean_class (`metrics.Hits`) of each of `Adapted.classifiers` on the config's split.
 
-    sure: the share of pictures that were learnt from in training; unsure_steps: those without such a picture.
+    sure: the share of pictures that were learnt from in training; unsure_steps: those without such a picture;
+    truncated: texts that the context cut.
     """
     begun, config = time.monotonic(), model.config
     split, rows, skipped = scored_rows(config, data)
@@ -204,6 +205,7 @@ def score(model: Adapted, data: DenseData) -> Result:
         found.join()
         metrics |= {prefix + name: value for name, value in found.scores().items()}
     metrics |= {"sure": int(model.sure) / max(1, int(model.seen)), "unsure_steps": int(model.unsure)}
+    metrics["truncated"] = model.truncated
     each = {
         f"{prefix}accuracy": dict(zip(model.classes, hits[prefix].accuracy().tolist())) for prefix in ("zeroshot_", "")
     }

@@ -22,10 +22,11 @@ from torch import Tensor
 from cutline import towers
 from cutline.config import Config
 from cutline.errors import ConfigError, DataError
+from cutline.objectives.gather import of_all, own_share, together, world
 from cutline.progress import progress
 from cutline.record import Protocol, Result, write_atomic
 from cutline.towers.pictures import test_transform, weights_hash
-from cutline.train.device import device_of
+from cutline.train.device import device_of, process_group
 from cutline.transfer import draw
 from cutline.transfer.batches import THREADS, ahead
 from cutline.transfer.classes import apart
@@ -63,6 +64,14 @@ class Told(NamedTuple):
     truth: int
 
 
+class Seen(NamedTuple):
+    """Hits of all pictures, what some of them (by row) were taken for, and those that cannot be used."""
+
+    hits: Hits
+    told: dict[int, Told]
+    bad: list[Skip]
+
+
 def names_of(config: ClassifyConfig, data: DenseData) -> Names:
     """The names of the data's classes, of each its synonyms. Raises `ConfigError` if they are not as many as the classes, and
     where two classes have one name (but for ImageNet's own, of which two pairs are alike)."""
@@ -91,51 +100,66 @@ def names_of(config: ClassifyConfig, data: DenseData) -> Names:
 def classify(
     model: towers.Model | str, data: str | DenseData, config: ClassifyConfig, out: Path | None = None
 ) -> Result:
-    """Score `model` (a model, a run directory or a tag) on the pictures of `data`, a SPEC for "zeroshot".
+    """Score `model` (a model, a run directory or a tag) on the pictures of `data`, a SPEC for "zeroshot"; on all processes of
+    torchrun, with the result of one.
 
     metrics: top1, top5 and mean_class (see `metrics.Hits`) in 0…1, `chance_…` beside them, pictures, texts cut at the
     context; per class its accuracy. Writes `out/result.json` and `out/samples.png`. Raises `CutlineError` for a model without
     a text tower, for data and names that do not fit, and where more than 10 % of the pictures cannot be used.
     """
     began = time.monotonic()
-    loaded, opened = open_joint(model, device_of(config.device)), open_data(data, "zeroshot")
-    names, templates = names_of(config, opened), prompts(config.prompts or opened.prompts or PROMPTS)
-    split = opened.split(config.split or next(n for n in ("test", "val", *opened.splits) if n in opened.splits))
-    count = min(config.pictures or opened.default_pictures or len(split), len(split))
-    classifier = text_classifier(loaded, names, templates).to(next(loaded.parameters()).device)
-    hits, told, bad = Hits(len(names)), dict[int, Told](), list[Skip]()
-    some = set(range(0, count, -(-count // SHOWN)))
-    for rows, cosines, truth in _scored(loaded, classifier, split, count, config.batch, bad):
-        hits.update(cosines, truth)
-        best = (loaded.logit_scale.detach().exp() * cosines).softmax(1).max(1)
-        for i, row in enumerate(rows):
-            if row in some:
-                told[row] = Told(int(best.indices[i]), float(best.values[i]), int(truth[i]))
-    skipped = tell_skipped(split.name, bad, count)
-    accuracy = zip(apart(classifier.classes), hits.accuracy().tolist(), strict=True)
-    metrics = hits.scores()
-    metrics |= {f"chance_{k}": min(5 if k == "top5" else 1, len(names)) / len(names) for k in metrics}
-    metrics |= {"classes": len(names), "pictures": count - len(bad), "truncated": classifier.truncated}
-    metrics |= {f"skipped: {reason}": n for reason, n in skipped.items()}
-    settings = {**described(names, templates), "transform": str(test_transform(loaded)), "scored": count - len(bad),
-                "skipped": len(bad), **({"data": opened.notes} if opened.notes else {})}  # fmt: skip
-    protocol = Protocol(
-        task="zeroshot-classify", data=opened.spec, data_fingerprint=opened.fingerprint, split=split.name,
-        settings=settings, encoder=loaded.name or "model", encoder_hash=weights_hash(loaded),
-    )  # fmt: skip
-    per_class = {"accuracy": {name: value for name, value in accuracy if value == value}}  # NaN: no picture of it
-    result = Result(metrics=metrics, protocol=protocol, per_class=per_class, seconds=time.monotonic() - began)
-    if out is not None:
-        _draw(out / "samples.png", split, told, apart(classifier.classes))
-        result.write(out)
+    with process_group(config.device):
+        loaded, opened = open_joint(model, device_of(config.device)), open_data(data, "zeroshot")
+        names, templates = names_of(config, opened), prompts(config.prompts or opened.prompts or PROMPTS)
+        split = opened.split(config.split or next(n for n in ("test", "val", *opened.splits) if n in opened.splits))
+        count = min(config.pictures or opened.default_pictures or len(split), len(split))
+        classifier = text_classifier(loaded, names, templates).to(next(loaded.parameters()).device)
+        seen = _look(loaded, classifier, split, count, config.batch)
+        skipped = tell_skipped(split.name, seen.bad, count)
+        scored = count - len(seen.bad)
+        accuracy = zip(apart(classifier.classes), seen.hits.accuracy().tolist(), strict=True)
+        metrics = seen.hits.scores()
+        metrics |= {f"chance_{k}": min(5 if k == "top5" else 1, len(names)) / len(names) for k in metrics}
+        metrics |= {"classes": len(names), "pictures": scored, "truncated": classifier.truncated}
+        metrics |= {f"skipped: {reason}": n for reason, n in skipped.items()}
+        settings = {**described(names, templates), "transform": str(test_transform(loaded)), "scored": scored,
+                    "skipped": len(seen.bad), **({"data": opened.notes} if opened.notes else {})}  # fmt: skip
+        protocol = Protocol(
+            task="zeroshot-classify", data=opened.spec, data_fingerprint=opened.fingerprint, split=split.name,
+            settings=settings, encoder=loaded.name or "model", encoder_hash=weights_hash(loaded),
+        )  # fmt: skip
+        per_class = {"accuracy": {name: value for name, value in accuracy if value == value}}  # NaN: no picture of it
+        result = Result(metrics=metrics, protocol=protocol, per_class=per_class, seconds=time.monotonic() - began)
+        if out is not None and world()[0] == 0:
+            _draw(out / "samples.png", split, seen.told, apart(classifier.classes))
+            result.write(out)
     return result
+
+
+def _look(model: towers.Model, classifier: TextClassifier, split: Split, count: int, batch: int) -> Seen:
+    """What all processes see in the first `count` pictures, each in its share of them."""
+    hits, told, bad = Hits(len(classifier.classes)), dict[int, Told](), list[Skip]()
+    some = set(range(0, count, -(-count // SHOWN)))
+    with together():
+        for rows, cosines, truth in _scored(model, classifier, split, count, batch, bad):
+            hits.update(cosines, truth)
+            best = (model.logit_scale.detach().exp() * cosines).softmax(1).max(1)
+            for i, row in enumerate(rows):
+                if row in some:
+                    told[row] = Told(int(best.indices[i]), float(best.values[i]), int(truth[i]))
+    hits.join()
+    everyone = of_all((told, bad))
+    return Seen(
+        hits, {k: v for part, _ in everyone for k, v in part.items()}, [b for _, part in everyone for b in part]
+    )
 
 
 @torch.no_grad()
 def _scored(
     model: towers.Model, classifier: TextClassifier, split: Split, count: int, batch: int, bad: list[Skip]
 ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-    """Rows, cosines (B, K) and classes (B,) of the first `count` pictures that can be used, the others into `bad`.
+    """Rows, cosines (B, K) and classes (B,) of this process's share of the first `count` pictures that can be used, the others
+    into `bad`.
 
     Raises `DataError` once there are too many of those, or none is left, and for embeddings that are not finite.
     """
@@ -149,8 +173,9 @@ def _scored(
             return e
         return row, transform(Image.fromarray(sample.image)), int(sample.target)
 
-    with progress(f"classify {split.name}", count, "pictures") as tick:
-        for group in grouped(ahead(read, range(count), THREADS), batch):
+    mine = own_share(count, batch)
+    with progress(f"classify {split.name}", len(mine), "pictures", world()[0] == 0) as tick:
+        for group in grouped(ahead(read, mine, THREADS), batch):
             bad += [found for found in group if isinstance(found, Skip)]
             if len(bad) > SKIP_SHARE * count or len(bad) == count:
                 tell_skipped(split.name, bad, count)

@@ -92,7 +92,9 @@ def _untrained(model: towers.Model, data: DenseData, config: DepthClipConfig, ou
     begun = time.monotonic()
     with process_group(config.device):
         made = _words(model, config, data)
-        result = transfer.score(made, data).model_copy(update={"seconds": time.monotonic() - begun})
+        result = transfer.score(made, data)
+        metrics = {**result.metrics, "truncated": made.truncated}
+        result = result.model_copy(update={"metrics": metrics, "seconds": time.monotonic() - begun})
         if out is not None and world()[0] == 0:
             transfer.draw(made, out / "samples.png", data)
             result.write(out)

@@ -35,11 +35,11 @@ from cutline.zeroshot.dense import DenseTower
 from cutline.zeroshot.prompts import class_names, described, prompts
 from cutline.zeroshot.texts import text_classifier
 
-WORDS = ("giant", "extremely close", "close", "not in distance", "a little remote", "far", "unseen")
+NAMES = ("giant", "extremely close", "close", "not in distance", "a little remote", "far", "unseen")
 METRES = (1.0, 1.5, 2.0, 2.25, 2.5, 2.75, 3.0)
 TRAINING = (
     "steps", "lr", "weight_decay", "layer_decay", "drop_path", "warmup", "schedule", "power", "clip", "ema", "flip", "scale",
-    "colour", "pyramid", "pyramid_channels", "channels", "variance", "cutdepth", "grad_checkpointing", "save_every",
+    "colour", "variance", "cutdepth", "grad_checkpointing", "save_every",
 )  # fmt: skip
 READ = 500  # training pictures whose readings bins=data takes at most
 
@@ -47,9 +47,10 @@ READ = 500  # training pictures whose readings bins=data takes at most
 class DepthClipConfig(MetresConfig):
     """Options of DepthCLIP, beside those of depth that are not about training.
 
-    prompts: as in `prompts`; words: from near to far, one a bin; bins: metres of each, rising, or "data", quantiles of the
-    readings of `labels` training pictures; temperature: of 100 · cosine, so that the logits are a thousand times it.
-    precision: single, since the logits magnify what half precision rounds.
+    prompts, names: as `zeroshot.prompts` takes them; names are of the bins, from near to far; of several of one bin the nearest
+    counts. bins: metres of each, rising, or "data", quantiles of the readings of `labels` training pictures; temperature: of
+    100 · cosine, so that the logits are a thousand times it. precision: single, since the logits magnify what half precision
+    rounds.
     """
 
     method: Literal["depthclip"] = "depthclip"
@@ -57,7 +58,7 @@ class DepthClipConfig(MetresConfig):
     precision: Literal["auto", "fp32", "bf16"] = "fp32"
     test_flip: bool = True
     prompts: str | list[str] = "This object is {}"
-    words: list[str] = Field(default=list(WORDS))
+    names: str | list[str] = Field(default=list(NAMES))
     bins: list[float] | Literal["data"] = Field(default=list(METRES))
     temperature: float = Field(0.1, gt=0)
 
@@ -68,12 +69,11 @@ class DepthClipConfig(MetresConfig):
 
     @model_validator(mode="after")
     def _fits(self) -> "DepthClipConfig":
-        if isinstance(self.bins, list) and len(self.bins) != len(self.words):
-            raise ValueError(f"{len(self.words)} words and {len(self.bins)} bins: give a bin for each word")
-        if len(self.words) < 2:
-            raise ValueError("one word gives one depth everywhere: give two or more")
-        if not all(word.strip() for word in self.words):
-            raise ValueError(f"a word of {self.words} is blank")
+        count = len(class_names(self.names))
+        if isinstance(self.bins, list) and len(self.bins) != count:
+            raise ValueError(f"{count} names and {len(self.bins)} bins: give a bin for each")
+        if count < 2:
+            raise ValueError("one name gives one depth everywhere: give two or more")
         if self.test == "whole" and (self.crop or self.stride):
             raise ValueError("crop and stride are of test=slide: say that too, or leave them out")
         if self.labels is not None and self.bins != "data":
@@ -93,29 +93,37 @@ def rising(bins: list[float]) -> list[float]:
     return bins
 
 
-def expected(joint: Tensor, texts: Tensor, bins: Tensor, temperature: float) -> Tensor:
-    """DepthCLIP's sum: a joint map (B, D, h, w), unit vectors of texts (K, D) and bins (K,) to metres (B, 1, h, w)."""
+def expected(joint: Tensor, texts: Tensor, bins: Tensor, temperature: float, owners: Tensor | None = None) -> Tensor:
+    """DepthCLIP's sum: a joint map (B, D, h, w), unit vectors of texts (M, D) and bins (K,) to metres (B, 1, h, w).
+
+    owners (M,): the bin of each text, of which the nearest counts; without them text k is of bin k.
+    """
     with torch.autocast(joint.device.type, enabled=False):
         joint = joint.float() if joint.dtype in (torch.bfloat16, torch.float16) else joint
         cosine = torch.einsum("bdhw,kd->bkhw", F.normalize(joint, dim=1), texts.to(joint.dtype))
+        if owners is not None:
+            best = cosine.new_full((len(cosine), len(bins), *cosine.shape[2:]), -torch.inf)
+            cosine = best.scatter_reduce(1, owners.view(1, -1, 1, 1).expand_as(cosine), cosine, "amax")
         shares = (100 * cosine / temperature).softmax(1)
         return torch.einsum("bkhw,k->bhw", shares, bins.to(joint.dtype))[:, None]
 
 
 class WordBins(nn.Module):
-    """`expected` of the last level and texts that are given, (K, D)."""
+    """`expected` of the last level and texts that are given, (M, D), of the bins `owners` (M,)."""
 
     texts: Tensor
+    owners: Tensor
     bins: Tensor
 
-    def __init__(self, texts: Tensor, bins: Sequence[float], temperature: float) -> None:
+    def __init__(self, texts: Tensor, owners: Tensor, bins: Sequence[float], temperature: float) -> None:
         super().__init__()
         self.register_buffer("texts", texts)
+        self.register_buffer("owners", owners)
         self.register_buffer("bins", torch.tensor(bins))
         self.temperature = temperature
 
     def forward(self, levels: Sequence[Tensor]) -> Tensor:
-        return expected(levels[-1], self.texts, self.bins, self.temperature)
+        return expected(levels[-1], self.texts, self.bins, self.temperature, self.owners)
 
 
 class JointDepth(DepthModel):
@@ -130,15 +138,16 @@ class JointDepth(DepthModel):
 
 
 class DepthClip(JointDepth):
-    """DepthCLIP on a model with a text tower; the config's bins are in metres."""
+    """DepthCLIP on a model with a text tower; the config's bins are in metres. truncated: texts that the context cut."""
 
     def __init__(self, model: towers.Model, config: DepthClipConfig) -> None:
-        names, templates = class_names(config.words), prompts(config.prompts)
+        names, templates = class_names(config.names), prompts(config.prompts)
         texts = text_classifier(model, names, templates)
         assert isinstance(config.bins, list)
-        head = WordBins(texts.weights, config.bins, config.temperature)
+        head = WordBins(texts.weights, texts.owners, config.bins, config.temperature)
         super().__init__(towers.load_encoder(model), head, config)
-        self.notes = {**described(names, templates), "truncated": texts.truncated}
+        self.notes = {**described(names, templates), "names": names}
+        self.truncated = texts.truncated
 
 
 def joint_map(encoder: Encoder, images: Tensor) -> Tensor:
@@ -168,7 +177,7 @@ def attended(pool: Any, last: Tensor) -> Tensor:
 
 
 def quantile_bins(data: DenseData, config: DepthClipConfig) -> tuple[list[float], int, int]:
-    """A bin for each word: the middles of parts of equally many readings, of training pictures evenly spread over those that
+    """A bin for each name: the middles of parts of equally many readings, of training pictures evenly spread over those that
     `labels` names; how many were read, and how many could not be."""
     prepared = PreparedDense(config, data, 1)
     check_readings(prepared, data.spec)
@@ -176,7 +185,8 @@ def quantile_bins(data: DenseData, config: DepthClipConfig) -> tuple[list[float]
     low, high = config.min_depth, config.top
     targets = [torch.from_numpy(prepared.split.read(r).target).flatten() for r in rows]
     readings = torch.cat([t[(t > low) & (t <= high)] for t in targets]).sort().values
-    places = ((torch.arange(len(config.words)) + 0.5) / len(config.words) * len(readings)).long()
+    count = len(class_names(config.names))
+    places = ((torch.arange(count) + 0.5) / count * len(readings)).long()
     bins = [float(f"{m:.4g}") for m in readings[places].tolist()]
     try:
         return rising(bins), len(rows), prepared.skipped

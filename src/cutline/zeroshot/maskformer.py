@@ -47,7 +47,8 @@ class Proposals:
 
 class MaskFormer(Pyramidal):
     """classes: K names; texts (K, D): their unit vectors; seen (K,): which of them training may use; vectors (tokens, W):
-    of a learned prompt, none (0, 0) without one; regions: the CLIP, no part of the weights, set when training is done."""
+    of a learned prompt, none (0, 0) without one; regions: the CLIP, no part of the weights, set when training is done; notes:
+    "clip", its name, and "truncated", texts that its context cut."""
 
     regions: Regions
     texts: Tensor
@@ -63,6 +64,7 @@ class MaskFormer(Pyramidal):
         levels = pyramid.build(config.pyramid, encoder.patch, encoder.strides, widths, config.pyramid_channels)
         super().__init__(encoder, levels, config.frozen)
         self.config, self.classes, self.num_layers = config, classes, 0
+        self.notes: dict[str, Any] = {}
         self.head = _Head(config, widths[-1], levels.channels, texts.shape[1])
         self.no_object = nn.Parameter(torch.empty(1, texts.shape[1]).normal_(std=0.02))
         self.register_buffer("texts", texts)

@@ -36,6 +36,7 @@ class MirrorConfig(MetresConfig):
     frozen: Literal[True] = True
     lr: float = Field(5e-3, gt=0)  # ten times that of fine-tuning: the towers are frozen
     tokens: int | None = Field(None, ge=1)
+    channels: int | None = Field(None, ge=1)
     deconvolutions: int = Field(3, ge=0, le=5)
     filters: int = Field(32, ge=1)
 

@@ -29,13 +29,13 @@ from cutline.record import Result, fingerprint
 from cutline.towers.encoder import Encoder
 from cutline.towers.pictures import weights_hash
 from cutline.towers.store import load_encoder
-from cutline.train.device import device_of
-from cutline.transfer.batches import Batch, resize_image
+from cutline.train.device import device_of, process_group
+from cutline.transfer.batches import THREADS, Batch, ahead, resize_image
 from cutline.transfer.data import DenseData, open_data
 from cutline.transfer.loop import train
 from cutline.transfer.metrics import IGNORE, Confusion
 from cutline.transfer.model import by_shape
-from cutline.transfer.options import DenseConfig, SplitName, autocast, seeded
+from cutline.transfer.options import PyramidConfig, SplitName, autocast, seeded
 from cutline.transfer.prepared import PreparedDense
 from cutline.transfer.run import finished, run
 from cutline.transfer.scoring import protocol, read_along, scored_rows, shown
@@ -54,7 +54,7 @@ LOOKS = ("threshold", "weight", "short", "split", "pictures", "batch", "precisio
 ACROSS = ("threshold=0.4", "weight=0.5")
 
 
-class ProposalsConfig(DenseConfig):
+class ProposalsConfig(PyramidConfig):
     """Options of proposals; the defaults are ZSSeg's for COCO-Stuff, but `steps`, `batch` and `crop` (60,000, 32, 640).
 
     backbone: of MaskFormer, what `load_encoder` takes; None is the CLIP's own image tower. unseen: names of classes,
@@ -129,7 +129,8 @@ def fit(
     templates = None if config.learn else prompts(config.prompts or "openai")
     config = config.model_copy(update={"unseen": opened.notes["unseen"], "prompts": templates})
     prepared = PreparedDense(config, opened, max(start.encoder.channels))
-    prepared.rows = [row for row in prepared.rows if (prepared.split.read(row).target != IGNORE).any()]
+    shows = ahead(lambda row: bool((prepared.split.read(row).target != IGNORE).any()), prepared.rows, THREADS)
+    prepared.rows = [row for row, seen_there in zip(prepared.rows, shows, strict=True) if seen_there]
     if not prepared.rows:
         raise DataError(f"{opened.spec}: no picture of train shows a seen class. Give more pictures.")
     device, cast, settled = device_of(config.device), autocast(config), prepared.config
@@ -138,9 +139,9 @@ def fit(
     if config.learn is not None:
         vectors = learn(regions, config.learn, said(opened.classes), seen, prepared.split, prepared.rows, config.seed)
     with seeded(settled):
-        texts = texts_of(start.clip, opened.classes, templates, vectors)
+        texts, truncated = texts_of(start.clip, opened.classes, templates, vectors)
         made = MaskFormer(start.encoder, settled, opened.classes, texts, seen, vectors).to(device)
-        made.source_hash = start.hash
+        made.source_hash, made.notes = start.hash, {"clip": start.clip.name or "model", "truncated": truncated}
         loss = SeenLoss(seen, config.no_object, config.mask, config.dice).to(device)
 
         def value(batch: Batch) -> Tensor:
@@ -162,12 +163,16 @@ def said(names: Sequence[str]) -> list[str]:
     return [name if name == BEHIND else s[0] for name, s in zip(names, readable(names), strict=True)]
 
 
-def texts_of(clip: towers.Model, names: Sequence[str], templates: Sequence[str] | None, vectors: Tensor) -> Tensor:
-    """Unit vectors (K, D) of class names, in prompts or, without any, behind the learned vectors (tokens, W)."""
+def texts_of(
+    clip: towers.Model, names: Sequence[str], templates: Sequence[str] | None, vectors: Tensor
+) -> tuple[Tensor, int]:
+    """Unit vectors (K, D) of class names, in prompts or, without any, behind the learned vectors (tokens, W); and how many texts
+    the context cut."""
     if templates is not None:
-        return text_classifier(clip, [[name] for name in said(names)], templates).weights
+        texts = text_classifier(clip, [[name] for name in said(names)], templates)
+        return texts.weights, texts.truncated
     with torch.no_grad():
-        return Prefix(clip, said(names), len(vectors))(vectors.to(next(clip.parameters()).device)).cpu()
+        return Prefix(clip, said(names), len(vectors))(vectors.to(next(clip.parameters()).device)).cpu(), 0
 
 
 @torch.no_grad()
@@ -219,18 +224,19 @@ def across(folder: str | Path, data: str | DenseData, overrides: Sequence[str] =
     """
     opened = open_data(data, "segment")
     model = load(folder, overrides=[*ACROSS, *overrides])
-    device = device_of(model.config.device)
-    model.to(device)
-    model.regions.clip.to(device)
-    model.classes = opened.classes
-    model.texts = texts_of(model.regions.clip, opened.classes, model.config.prompts, model.vectors).to(
-        model.texts.device
-    )
-    model.seen = torch.zeros(len(opened.classes), dtype=torch.bool, device=model.texts.device)
-    result = _measured(model, opened, "segment", None, Confusion.scores)
-    if out is not None:
-        result.write(out)
-        _draw(model, opened, out / "samples.png")
+    with process_group(model.config.device):
+        device = device_of(model.config.device)
+        model.to(device)
+        model.regions.clip.to(device)
+        model.classes = opened.classes
+        texts, cut = texts_of(model.regions.clip, opened.classes, model.config.prompts, model.vectors)
+        model.notes = {**model.notes, "truncated": cut}
+        model.texts = texts.to(model.texts.device)
+        model.seen = torch.zeros(len(opened.classes), dtype=torch.bool, device=model.texts.device)
+        result = _measured(model, opened, "segment", None, Confusion.scores)
+        if out is not None and world()[0] == 0:
+            result.write(out)
+            _draw(model, opened, out / "samples.png")
     return result
 
 
@@ -259,10 +265,11 @@ def _measured(
     iou = dict(zip(model.classes, confusions["ensemble"].iou().tolist(), strict=True))
     words = described([[name] for name in said(model.classes)], config.prompts or ["learned"])
     del words["prompts"]  # their number; the config's are the prompts themselves
+    how = protocol(task, config, data, model, len(rows), skipped, **words)
     return Result(
-        metrics=metrics | confusions["ensemble"].scores(),
+        metrics=metrics | confusions["ensemble"].scores() | {"truncated": model.notes["truncated"]},
         per_class={"iou": {name: value for name, value in iou.items() if value == value}},  # absent classes are NaN
-        protocol=protocol(task, config, data, model, len(rows), skipped, **words),
+        protocol=how.model_copy(update={"encoder": model.notes["clip"]}),  # the config names the backbone
         seconds=time.monotonic() - begun,
     )
 
@@ -295,7 +302,7 @@ def load(folder: str | Path, device: str | torch.device = "cpu", overrides: Sequ
     except (OSError, ValueError, KeyError, RuntimeError) as e:
         raise DataError(f"cannot read the proposals in {str(path)!r}: {e}") from e
     model.source, model.source_hash = content["encoder"]["name"], content["encoder"]["hash"]
-    model.labels, model.skipped = content["trained"], content["skipped"]
+    model.labels, model.skipped, model.notes = content["trained"], content["skipped"], content["notes"]
     model.regions = Regions(towers.load(str(path / CLIP), device))
     return model.to(device).eval()
 

@@ -17,9 +17,10 @@ from torch import Tensor
 from cutline import towers
 from cutline.config import Config, load
 from cutline.errors import DataError
+from cutline.objectives.gather import world
 from cutline.record import Protocol, Result
 from cutline.towers.pictures import test_transform, weights_hash
-from cutline.train.device import device_of
+from cutline.train.device import device_of, process_group
 from cutline.train.recipe import Recipe
 from cutline.train.stream import open_source
 from cutline.zeroshot.encode import embed_pairs
@@ -86,31 +87,33 @@ def chance(n: int, owners: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float]
 def retrieve(
     model: towers.Model | str, source: Any, config: RetrieveConfig, data: str = "", out: Path | None = None
 ) -> Result:
-    """Score `model` (a model, a run directory or a tag) on every pair of `source` (or what `open_source` takes).
+    """Score `model` (a model, a run directory or a tag) on every pair of `source` (or what `open_source` takes); on all
+    processes of torchrun.
 
     metrics: recalls in 0…1, `chance_…` beside them, pictures, texts, and texts truncated at the context. Writes
     `out/result.json` and `out/samples.png`. Raises `CutlineError` for a model without a text tower.
     """
     began = time.monotonic()
-    loaded = open_joint(model, device_of(config.device))
-    if isinstance(source, str):
-        source, data = open_source(source, config.where), data or source
-    columns = config.columns or caption_columns(source)
-    embedded = embed_pairs(loaded, source, columns, config.batch, config.max_texts)
-    metrics = recall(embedded.image, embedded.text, embedded.owners)
-    metrics |= {f"chance_{k}": v for k, v in chance(len(embedded.image), embedded.owners).items()}
-    metrics |= {"pictures": len(embedded.image), "texts": len(embedded.text), "truncated": embedded.truncated}
-    metrics |= {f"skipped: {reason}": n for reason, n in embedded.skipped.items()}
-    settings = {"columns": columns, "max_texts": config.max_texts, "where": config.where, "ks": list(KS),
-                "transform": str(test_transform(loaded)), "hit": "any", "ties": "against"}  # fmt: skip
-    protocol = Protocol(
-        task="retrieve", data=data, data_fingerprint=source.fingerprint, split=config.where or "all", settings=settings,
-        encoder=loaded.name or "model", encoder_hash=weights_hash(loaded),
-    )  # fmt: skip
-    result = Result(metrics=metrics, protocol=protocol, seconds=time.monotonic() - began)
-    if out is not None:
-        draw_nearest(out / "samples.png", source, embedded)
-        result.write(out)
+    with process_group(config.device):
+        loaded = open_joint(model, device_of(config.device))
+        if isinstance(source, str):
+            source, data = open_source(source, config.where), data or source
+        columns = config.columns or caption_columns(source)
+        embedded = embed_pairs(loaded, source, columns, config.batch, config.max_texts)
+        metrics = recall(embedded.image, embedded.text, embedded.owners)
+        metrics |= {f"chance_{k}": v for k, v in chance(len(embedded.image), embedded.owners).items()}
+        metrics |= {"pictures": len(embedded.image), "texts": len(embedded.text), "truncated": embedded.truncated}
+        metrics |= {f"skipped: {reason}": n for reason, n in embedded.skipped.items()}
+        settings = {"columns": columns, "max_texts": config.max_texts, "where": config.where, "ks": list(KS),
+                    "transform": str(test_transform(loaded)), "hit": "any", "ties": "against"}  # fmt: skip
+        protocol = Protocol(
+            task="retrieve", data=data, data_fingerprint=source.fingerprint, split=config.where or "all", settings=settings,
+            encoder=loaded.name or "model", encoder_hash=weights_hash(loaded),
+        )  # fmt: skip
+        result = Result(metrics=metrics, protocol=protocol, seconds=time.monotonic() - began)
+        if out is not None and world()[0] == 0:
+            draw_nearest(out / "samples.png", source, embedded)
+            result.write(out)
     return result
 
 

@@ -26,9 +26,10 @@ from torch.nn import functional as F
 from cutline import towers
 from cutline.config import Config, check
 from cutline.errors import ConfigError, DataError
+from cutline.objectives.gather import together, world
 from cutline.record import Protocol, Result, write_atomic
 from cutline.towers.pictures import weights_hash
-from cutline.train.device import device_of
+from cutline.train.device import device_of, process_group
 from cutline.transfer.batches import resize_image
 from cutline.transfer.data import DenseData, open_data
 from cutline.transfer.metrics import Confusion
@@ -52,10 +53,10 @@ class SegmentConfig(Config):
     class in the data's order, in a file or as `a; b, c; d`. prompts: "openai", "simple", "photo", "name", a file or a list.
 
     short: side to resize to; window, stride: pixels. Defaults follow the tower's own size s: 1.5 s, s and s/2, which is
-    SCLIP's 336, 224 and 112 for towers of 224 px. scale: what cosines are multiplied by before the softmax over names.
-    threshold: pixels whose best class has a lower probability are of the class "background" (prob_thd in SCLIP, 0.1 there); area:
-    so are those of classes that take less than this share of what is not background (area_thd). refine: "pamr" lets scores
-    follow the picture's edges. split, pictures: what is scored, and how many at most; batch: windows in one forward pass.
+    SCLIP's 336, 224 and 112 for towers of 224 px. threshold: pixels whose best class has a lower probability (softmax over names
+    of cosines times `scale`) are of the class "background" (prob_thd in SCLIP, 0.1 there); area: so are those of classes that
+    take less than this share of what is not background (area_thd). refine: "pamr" lets scores follow the picture's edges. split,
+    pictures: what is scored, and how many at most; batch: windows in one forward pass.
     """
 
     method: Method = "sclip"
@@ -86,6 +87,14 @@ class SegmentConfig(Config):
     def _second_encoder(self) -> "SegmentConfig":
         if (self.method == "proxyclip") != (self.proxy is not None):
             raise ValueError("proxy=ENCODER belongs to method=proxyclip: give both, or neither")
+        return self
+
+    @model_validator(mode="after")
+    def _scaled(self) -> "SegmentConfig":
+        if not self.threshold and self.scale != type(self).model_fields["scale"].default:
+            raise ValueError(
+                "scale is of threshold, and without one the best name wins at every scale: leave scale out"
+            )
         return self
 
     def fitted(self, size: int) -> "SegmentConfig":
@@ -183,16 +192,18 @@ class WordSegmenter:
         owners, config = self.words.owners, self.config
         if not config.threshold and not config.area:
             return owners[scores.argmax(0)]
-        shares = (scores * config.scale).softmax(0)  # (M, H, W)
-        best = shares.new_zeros(len(self.classes), *shares.shape[1:])
-        best.scatter_reduce_(0, owners[:, None, None].expand_as(shares), shares, "amax")
+        best = scores.new_full((len(self.classes), *scores.shape[1:]), -torch.inf)
+        best.scatter_reduce_(0, owners[:, None, None].expand_as(scores), scores, "amax")
         if config.area:
             taken = best.argmax(0).flatten().bincount(minlength=len(best))
             taken[self.background] = 0
             small = taken <= config.area * taken.sum()
             small[self.background] = False
-            best[small] = 0
-        share, ids = best.max(0)
+            best[small] = -torch.inf
+        top, ids = best.max(0)
+        if not config.threshold:
+            return ids
+        share = (config.scale * top - (config.scale * scores).logsumexp(0)).exp()
         return ids.masked_fill(share < config.threshold, self.background or 0)
 
 
@@ -231,41 +242,45 @@ def names_of(config: SegmentConfig, classes: Sequence[str]) -> Names:
 
 
 def segment(model: towers.Model | str, data: str | DenseData, config: SegmentConfig, out: Path | None = None) -> Result:
-    """Score a model (or a run or tag) on a data set of class maps, without training.
+    """Score a model (or a run or tag) on a data set of class maps, without training; on all processes of torchrun.
 
-    metrics: miou, macc and accuracy, and what predicting the commonest class everywhere (chance_majority) and ids drawn evenly
-    (chance_uniform) would give as miou; iou by class; all shares of 1. With `out`, writes result.json and samples.png.
+    metrics: miou, macc and accuracy, what knowing nothing gives (see `chance`), iou by class; all shares of 1. With `out`,
+    writes result.json and samples.png.
     """
     begun = time.monotonic()
     name = model if isinstance(model, str) else model.name or "model"
-    opened = open_data(data, "segment")
-    loaded = open_joint(model, device_of(config.device))
-    words = WordSegmenter(loaded, names_of(config, opened.classes), config, opened.classes)
-    part, rows, skipped = scored_rows(config, opened)
-    confusion = Confusion(len(opened.classes))
-    for samples in grouped(read_along(part, rows), config.batch):
-        for sample, ids in zip(samples, words.predict([s.image for s in samples]), strict=True):
-            confusion.update(torch.from_numpy(ids), torch.from_numpy(sample.target))
-    iou = dict(zip(opened.classes, confusion.iou().tolist(), strict=True))
-    settings = words.config.model_dump(mode="json", exclude={"split", "device", "batch", "names", "prompts"})
-    settings |= {**described(words.names, words.templates), "scored": len(rows), "skipped": skipped}
-    settings |= {"data": opened.notes} if opened.notes else {}
-    settings |= {"proxy_hash": words.tower.proxy.hash} if words.tower.proxy is not None else {}
-    result = Result(
-        metrics={**confusion.scores(), **chance(confusion), "pictures": len(rows), "truncated": words.words.truncated},
-        per_class={"iou": {c: value for c, value in iou.items() if value == value}},  # absent classes are NaN
-        protocol=Protocol(
-            task="zeroshot-segment", data=opened.spec, data_fingerprint=opened.fingerprint, split=config.split,
-            settings=settings, encoder=name, encoder_hash=weights_hash(loaded),
-        ),
-        seconds=time.monotonic() - begun,
-    )  # fmt: skip
-    if out is not None:
-        from cutline.transfer.draw import class_grid
+    with process_group(config.device):
+        opened = open_data(data, "segment")
+        loaded = open_joint(model, device_of(config.device))
+        words = WordSegmenter(loaded, names_of(config, opened.classes), config, opened.classes)
+        part, rows, skipped = scored_rows(config, opened)
+        confusion = Confusion(len(opened.classes))
+        with together():
+            for samples in grouped(read_along(part, rows, each=config.batch), config.batch):
+                for sample, ids in zip(samples, words.predict([s.image for s in samples]), strict=True):
+                    confusion.update(torch.from_numpy(ids), torch.from_numpy(sample.target))
+        confusion.join()
+        iou = dict(zip(opened.classes, confusion.iou().tolist(), strict=True))
+        idle = {"split", "device", "batch", "pictures", "names", "prompts", *([] if config.threshold else ["scale"])}
+        settings = words.config.model_dump(mode="json", exclude=idle)
+        settings |= {**described(words.names, words.templates), "scored": len(rows), "skipped": skipped}
+        settings |= {"data": opened.notes} if opened.notes else {}
+        settings |= {"proxy_hash": words.tower.proxy.hash} if words.tower.proxy is not None else {}
+        result = Result(
+            metrics={**confusion.scores(), **chance(confusion), "pictures": len(rows), "truncated": words.words.truncated},
+            per_class={"iou": {c: value for c, value in iou.items() if value == value}},  # absent classes are NaN
+            protocol=Protocol(
+                task="zeroshot-segment", data=opened.spec, data_fingerprint=opened.fingerprint, split=config.split,
+                settings=settings, encoder=name, encoder_hash=weights_hash(loaded),
+            ),
+            seconds=time.monotonic() - begun,
+        )  # fmt: skip
+        if out is not None and world()[0] == 0:
+            from cutline.transfer.draw import class_grid
 
-        looked = shown(config, opened)
-        class_grid(out / "samples.png", looked, words.predict([s.image for s in looked]), opened.classes)
-        result.write(out)
+            looked = shown(config, opened)
+            class_grid(out / "samples.png", looked, words.predict([s.image for s in looked]), opened.classes)
+            result.write(out)
     return result
 
 
@@ -281,13 +296,16 @@ def draw_picture(model: str, picture: Path, config: SegmentConfig, out: Path) ->
 
 
 def chance(confusion: Confusion) -> dict[str, float]:
-    """miou of knowing nothing, from the truth counted: the commonest class everywhere, and every class equally often."""
+    """What knowing nothing gives, from the truth counted: chance_miou, chance_macc and chance_accuracy of ids drawn evenly, and
+    majority_miou of the commonest class everywhere."""
     truth = confusion.matrix.sum(1).double()
     if not truth.sum():
         raise DataError("no pixel has a label, so there is nothing to score.")
     share, k = truth / truth.sum(), len(truth)
     uniform = (share / k) / (share + 1 / k - share / k)
     return {
-        "chance_majority": (share.max() / (share > 0).sum()).item(),
-        "chance_uniform": uniform.mean().item(),
+        "chance_miou": uniform.mean().item(),
+        "chance_macc": 1 / k,
+        "chance_accuracy": 1 / k,
+        "majority_miou": (share.max() / (share > 0).sum()).item(),
     }

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from cutline import towers
 from cutline.errors import CutlineError
+from cutline.objectives.gather import of_all, own_share, same_on_all, together, world
 from cutline.progress import progress
 from cutline.record import fingerprint, fingerprint_of, write_atomic
 from cutline.zeroshot.prompts import Names
@@ -61,7 +62,8 @@ def open_joint(model: str | towers.Model, device: torch.device | str = "cpu") ->
 
 @torch.no_grad()
 def text_classifier(model: towers.Model, names: Names, templates: Sequence[str]) -> TextClassifier:
-    """The classifier of `names` (of each class its synonyms) in `templates`, from the cache where it is there.
+    """The classifier of `names` (of each class its synonyms) in `templates`, from the cache where it is there; all processes make
+    it together.
 
     On the CPU, float32. Raises `CutlineError` for embeddings that are not finite.
     """
@@ -69,19 +71,29 @@ def text_classifier(model: towers.Model, names: Names, templates: Sequence[str])
     flat = [name for synonyms in names for name in synonyms]
     tokens = towers.Tokenizer(model)(flat).tolist()  # what the tokeniser makes of the names stands for all that it is
     path = _folder() / f"{fingerprint(_text_hash(model), tokens, flat, list(templates))}.safetensors"
-    found = _read(path)
+    found = same_on_all(_read(path))
     if found is None:
-        found = _embed(model, flat, templates)
-        _keep(path, found)
+        with together():
+            mine = _embed(model, flat, templates)
+        parts = of_all(mine)
+        found = {
+            "weights": torch.cat([part["weights"] for part in parts if len(part["weights"])]),
+            "truncated": torch.stack([part["truncated"] for part in parts]).sum(),
+        }
+        if world()[0] == 0:
+            _keep(path, found)
     return TextClassifier(found["weights"], owners, [s[0] for s in names], int(found["truncated"]))
 
 
 def _embed(model: towers.Model, names: Sequence[str], templates: Sequence[str]) -> dict[str, Tensor]:
+    """This process's share of the names."""
     tokenizer, device = towers.Tokenizer(model), next(model.parameters()).device
     each = max(1, BATCH // len(templates))  # names a step
+    share = own_share(len(names), each)
+    names = names[share.start : share.stop]
     weights, truncated, training = [], 0, model.training
     model.eval()
-    with progress("embed names", len(names), "names") as tick:
+    with progress("embed names", len(names), "names", world()[0] == 0) as tick:
         for start in range(0, len(names), each):
             part = names[start : start + each]
             texts = [template.replace("{}", name) for name in part for template in templates]
@@ -94,7 +106,7 @@ def _embed(model: towers.Model, names: Sequence[str], templates: Sequence[str]) 
             weights.append(F.normalize(x.view(len(part), len(templates), -1).mean(1), dim=-1).cpu())
             tick(len(part))
     model.train(training)
-    out = torch.cat(weights)
+    out = torch.cat(weights) if weights else torch.empty(0)
     if not torch.isfinite(out).all():
         raise CutlineError("some text embeddings are not finite: the model is broken. Train it again, or load another.")
     return {"weights": out, "truncated": torch.tensor(truncated)}
