@@ -25,7 +25,7 @@ from cutline.transfer.segment import SegmentConfig, Segmenter
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "transfer"
 CONFIGS: dict[str, type[TransferConfig]] = {
-    "ade20k": SegmentConfig, "voc": SegmentConfig, "nyuv2": DepthConfig, "kitti": DepthConfig, "coco": DetectConfig, "imagenet": ClassifyConfig,
+    "ade20k": SegmentConfig, "cityscapes": SegmentConfig, "voc": SegmentConfig, "nyuv2": DepthConfig, "kitti": DepthConfig, "coco": DetectConfig, "imagenet": ClassifyConfig,
 }  # fmt: skip
 VIT, MCI2, SWIN, RESNET = "vit_base_patch16_224", "fastvit_mci2", "swin_tiny_patch4_window7_224", "resnet50"
 
@@ -48,9 +48,15 @@ def test_every_recipe_is_a_config_of_its_task(path: Path) -> None:
         ("ade20k-upernet", VIT, 120.13),
         ("ade20k-upernet-mae", VIT, 162.66),
         ("ade20k-upernet", SWIN, 59.94),  # 60 M published
+        (
+            "ade20k-upernet",
+            "swin_base_patch4_window7_224",
+            121.94,
+        ),  # 121 M published; open_clip's of that name projects
         ("ade20k-fpn-mobile", RESNET, 28.50),  # 28.5 M published
         ("ade20k-fpn-mobile", MCI2, 39.47),
         ("ade20k-linear", VIT, 85.92),
+        ("cityscapes-upernet", SWIN, 59.84),  # 59 M published of InternImage-T
         ("nyuv2-mim", VIT, 86.09),
         ("nyuv2-linear", VIT, 86.59),
         ("nyuv2-dpt", VIT, 104.68),
@@ -67,7 +73,8 @@ def test_what_a_recipe_builds_has_the_size_of_the_docs(
         tower = load_encoder(load_tower(f"scratch:{encoder}", device="meta"))
         model: torch.nn.Module
         if isinstance(config, SegmentConfig):
-            model = Segmenter(tower, config, [str(k) for k in range(150)])
+            classes = 19 if name.startswith("cityscapes") else 150
+            model = Segmenter(tower, config, [str(k) for k in range(classes)])
         elif isinstance(config, DepthConfig):
             model = DepthEstimator(tower, config)
         else:

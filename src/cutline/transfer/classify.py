@@ -28,7 +28,7 @@ from cutline.transfer.batches import stack_images
 from cutline.transfer.data import DenseData, Sample, open_data
 from cutline.transfer.finetune import finetune, still_features
 from cutline.transfer.metrics import Hits
-from cutline.transfer.model import Transferred
+from cutline.transfer.model import Headed
 from cutline.transfer.options import SplitName, TransferConfig, autocast, seeded
 from cutline.transfer.prepared import Prepared, encoder_of
 from cutline.transfer.probes import AttentiveProbe, CosineProbe, LinearProbe, NeighbourProbe
@@ -98,7 +98,7 @@ class ClassifyConfig(TransferConfig):
         return self.lr or (LR_FROZEN if self.frozen else LR)
 
 
-class Classifier(Transferred):
+class Classifier(Headed):
     """Logits (B, K) of normalised test or training views (B, 3, size, size); for knn the logs of the votes.
 
     The config has its size filled in. pictures: training pictures that knn keeps.

@@ -16,7 +16,7 @@ from cutline.progress import progress
 from cutline.train.device import device_of
 from cutline.transfer.batches import Batch, Batches, ahead
 from cutline.transfer.loop import train
-from cutline.transfer.model import Transferred
+from cutline.transfer.model import Headed
 from cutline.transfer.options import TransferConfig, autocast
 from cutline.transfer.prepared import Prepared
 
@@ -26,7 +26,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (output float32, targets of the bat
 
 
 def finetune(
-    model: Transferred, prepared: Prepared[Any], batches: Batches, loss: Loss, out: Path | None, resume: bool = False
+    model: Headed, prepared: Prepared[Any], batches: Batches, loss: Loss, out: Path | None, resume: bool = False
 ) -> None:
     """`train` by a loss of outputs and targets, with the features of a frozen encoder computed once where they can be."""
     config: TransferConfig = prepared.config
@@ -46,7 +46,7 @@ def finetune(
 
 
 def _outputs(
-    model: Transferred, batch: Batch, cache: list[Tensor] | None, size: tuple[int, int]
+    model: Headed, batch: Batch, cache: list[Tensor] | None, size: tuple[int, int]
 ) -> list[tuple[float, Tensor]]:
     device = next(model.parameters()).device
     if cache is None:
@@ -58,7 +58,7 @@ def _outputs(
 
 @torch.no_grad()
 def still_features(
-    model: Transferred, batches: Batches, config: TransferConfig, mirrored: bool, limit: float
+    model: Headed, batches: Batches, config: TransferConfig, mirrored: bool, limit: float
 ) -> list[Tensor] | None:
     """Features of every training picture as it is, and mirrored if asked for, (1 or 2, N, …) each.
 

@@ -19,10 +19,9 @@ from cutline.transfer.pyramid import Pyramid
 
 
 class Transferred(nn.Module):
-    """encoder → features → output; the base of every task's model.
+    """An encoder and what is trained on it; the base of every task's model.
 
     The encoder is copied, so the one given keeps its weights. A frozen one never leaves eval mode and gets no gradient.
-    A task says what the features are (`features`, what can be kept of a frozen encoder) and what follows (`decode`).
     """
 
     def __init__(self, encoder: Any, frozen: bool) -> None:
@@ -57,6 +56,13 @@ class Transferred(nn.Module):
         )
         return (images.float() - mean) / std
 
+
+class Headed(Transferred):
+    """encoder → features → head → output: what is trained by a loss of outputs and targets.
+
+    A task says what the features are (`features`, what can be kept of a frozen encoder) and what follows (`decode`).
+    """
+
     def features(self, images: Tensor) -> list[Tensor]:
         """What is read of the encoder, each (B, …), of normalised pictures (B, 3, H, W)."""
         raise NotImplementedError(type(self).__name__)
@@ -75,7 +81,7 @@ class Transferred(nn.Module):
 
 
 class Pyramidal(Transferred):
-    """encoder → pyramid; the base of `Dense` and of `Detector`."""
+    """encoder → pyramid; the base of all models of dense maps."""
 
     def __init__(self, encoder: Any, pyramid: Pyramid, frozen: bool) -> None:
         super().__init__(encoder, frozen)
@@ -101,7 +107,7 @@ class Pyramidal(Transferred):
         return -(-height // m) * m, -(-width // m) * m
 
 
-class Dense(Pyramidal):
+class Dense(Pyramidal, Headed):
     """encoder → pyramid → head → output at the picture's resolution; the base of `Segmenter` and `DepthEstimator`.
 
     Output (B, C, H, W): logits, or depth in metres.
