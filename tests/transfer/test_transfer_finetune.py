@@ -21,7 +21,7 @@ from cutline.transfer.depth import DepthConfig, counted, depth
 from cutline.transfer.depth import fit as fit_depth
 from cutline.transfer.options import look
 from cutline.transfer.segment import SegmentConfig, Segmenter, cross_entropy, fit, score, segment
-from cutline.transfer.store import load
+from cutline.transfer.store import load, save
 
 Folder = Callable[..., Path]
 QUICK: dict[str, Any] = {"steps": 6, "batch": 4, "scale": (1.0, 1.0), "channels": 64, "lr": 1e-3}
@@ -110,6 +110,22 @@ def test_kept_frozen_features_train_the_same_head(
     computed = fit(encoder, data, config)
     for (name, a), b in zip(kept.state_dict().items(), computed.state_dict().values(), strict=True):
         assert torch.allclose(a.float(), b.float(), atol=1e-5), name
+
+
+@pytest.mark.parametrize("head", ["linear", "dpt"])
+def test_kept_class_tokens_train_the_same_head(
+    folder: Folder, encoder: Any, head: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = open_data(f"folder:{folder()}", "depth")
+    config = DepthConfig(**QUICK, frozen=True, head=head, class_token=True, gradient=0.5, max_depth=7)
+    kept = fit_depth(encoder, data, config)
+    monkeypatch.setattr(loop, "CACHE_BYTES", 0)
+    for (name, a), b in zip(kept.state_dict().items(), fit_depth(encoder, data, config).state_dict().values()):
+        assert torch.allclose(a.float(), b.float(), atol=1e-4), name
+    without = fit_depth(encoder, data, config.model_copy(update={"gradient": 0.0}))
+    assert not same(weights(without.head), weights(kept.head))
+    image = data.split("val").read(0).image
+    assert np.array_equal(load(save(kept, tmp_path / "model")).predict([image])[0], kept.predict([image])[0])
 
 
 def test_layer_decay_by_formula(encoder: Any) -> None:

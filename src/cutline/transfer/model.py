@@ -98,9 +98,12 @@ class Pyramidal(Transferred):
         return [m.contiguous(memory_format=torch.channels_last) for m in maps]
 
     def read(self, padded: Tensor) -> list[Tensor]:
-        """The encoder's maps that the pyramid reads."""
-        maps = self.encoder(padded)
-        return [maps[i] for i in self.pyramid.uses]
+        """The encoder's maps that the pyramid reads, and then their class tokens (B, C, 1, 1) if it reads them."""
+        if not self.pyramid.class_token:
+            maps = self.encoder(padded)
+            return [maps[i] for i in self.pyramid.uses]
+        maps, tokens = self.encoder.maps_and_classes(padded)
+        return [maps[i] for i in self.pyramid.uses] + [tokens[i][..., None, None] for i in self.pyramid.uses]
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
         m = self.pyramid.multiple

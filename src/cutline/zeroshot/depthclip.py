@@ -39,7 +39,7 @@ WORDS = ("giant", "extremely close", "close", "not in distance", "a little remot
 METRES = (1.0, 1.5, 2.0, 2.25, 2.5, 2.75, 3.0)
 TRAINING = (
     "steps", "lr", "weight_decay", "layer_decay", "drop_path", "warmup", "schedule", "power", "clip", "ema", "flip", "scale",
-    "colour", "pyramid", "pyramid_channels", "channels", "variance", "cutdepth", "grad_checkpointing", "save_every",
+    "colour", "pyramid", "pyramid_channels", "channels", "variance", "gradient", "cutdepth", "grad_checkpointing", "save_every",
 )  # fmt: skip
 READ = 500  # training pictures whose readings bins=data takes at most
 
