@@ -72,7 +72,7 @@ def test_class_tokens_are_those_beside_the_maps(kind, model_of):
     encoder = towers.load_encoder(model)
     x = pictures(2, 3, encoder.size, encoder.size)
     trunk = getattr(encoder.visual, "trunk", None)
-    if trunk is not None and getattr(trunk, "cls_token", None) is None or kind == "resnet":
+    if (trunk is not None and getattr(trunk, "cls_token", None) is None) or kind == "resnet":
         assert not encoder.class_token
         with pytest.raises(ConfigError, match="has no class token"):
             encoder.maps_and_classes(x)

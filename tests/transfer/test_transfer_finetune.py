@@ -103,11 +103,13 @@ def test_a_frozen_encoder_stays_as_it_is_to_the_bit(folder: Folder, encoder: Any
 def test_kept_frozen_features_train_the_same_head(
     folder: Folder, encoder: Any, flip: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = open_data(f"folder:{folder(size=(30, 44))}", "segment")  # no multiple of the patch
-    config = SegmentConfig(**QUICK, frozen=True, head="linear", flip=flip)
+    root = folder(train=12, size=(30, 44))  # no multiple of the patch
+    Image.fromarray(np.full((30, 44), 77, np.uint8)).save(root / "train/masks/005.png")  # no such class
+    data, config = open_data(f"folder:{root}", "segment"), SegmentConfig(**QUICK, frozen=True, head="linear", flip=flip)
     kept = fit(encoder, data, config)
     monkeypatch.setattr(loop, "CACHE_BYTES", 0)
     computed = fit(encoder, data, config)
+    assert (kept.labels, kept.skipped) == (computed.labels, computed.skipped) == (11, 1)
     for (name, a), b in zip(kept.state_dict().items(), computed.state_dict().values(), strict=True):
         assert torch.allclose(a.float(), b.float(), atol=1e-5), name
 

@@ -116,7 +116,7 @@ def test_a_class_whose_share_underflows_has_a_finite_term() -> None:
 
 def batch_of(data: DenseData, config: AdaptConfig, square: int = 1) -> must.Pictures:
     split = data.split("train")
-    return Unlabelled(split, split.usable(range(len(split)))[0], config, 32, 8, square).make(0)
+    return Unlabelled(split, range(len(split)), config, 32, 8, square).make(0)
 
 
 def test_the_loss_is_the_weighted_sum_of_its_terms(model: towers.Model, data: DenseData) -> None:

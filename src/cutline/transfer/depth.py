@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -31,7 +32,7 @@ from cutline.transfer.model import Dense, by_shape
 from cutline.transfer.options import DenseConfig, SplitName, default_channels, look, seeded
 from cutline.transfer.prepared import PreparedDense, encoder_of
 from cutline.transfer.run import run
-from cutline.transfer.scoring import protocol, read_along, scored_rows, shown
+from cutline.transfer.scoring import protocol, read_along, scored_part, shown
 
 # From a median that is no number of metres to a likely one: millimetres, KITTI's PNG, kilometres.
 FACTORS = {"0.001": 0.001, "1/256": 1 / 256, "1000": 1000.0}
@@ -193,7 +194,7 @@ def fit(
         model = build(start, prepared.config)
         paste = CutDepth(config.cutdepth, config.top) if config.cutdepth else None
         finetune(model, prepared, prepared.batches(start.mean, 0, paste), loss, out, resume)
-    model.labels, model.skipped = len(prepared.rows), prepared.skipped
+    model.labels, model.skipped = prepared.split.counts()
     return model
 
 
@@ -202,7 +203,7 @@ def check_readings(prepared: PreparedDense[Any], spec: str) -> None:
 
     A median so far from metres that the unit is likely wrong is told on stderr.
     """
-    readings = np.concatenate([t[t > 0] for t in (prepared.split.read(r).target for r in prepared.rows[:16])])
+    readings = np.concatenate([s.target[s.target > 0] for s in islice(prepared.split.samples(), 16)])
     low, high, median = prepared.config.min_depth, prepared.config.top, float(np.median(readings))
     hint = f"The median is {median:.4g} m."
     likely = [name for name, f in FACTORS.items() if 0.3 <= median * f <= 50]
@@ -237,10 +238,10 @@ def score(model: DepthModel, data: str | DenseData, split: SplitName | None = No
     begun = time.monotonic()
     config = model.config.model_copy(update={"split": split or model.config.split})
     opened = open_data(data, "depth")
-    part, rows, skipped = scored_rows(config, opened)
+    part = scored_part(config, opened)
     device, view, errors = next(model.parameters()).device, look(config), DepthErrors()
     model.eval()
-    for images, targets in by_shape(((s.image, s.target) for s in read_along(part, rows)), config.batch):
+    for images, targets in by_shape(((s.image, s.target) for s in read_along(part)), config.batch):
         for predicted, target in zip(model.clamp(view(model, images))[:, 0], targets, strict=True):
             truth = torch.from_numpy(target).to(device)
             errors.update(predicted, truth, counted(truth, config))
@@ -253,7 +254,7 @@ def score(model: DepthModel, data: str | DenseData, split: SplitName | None = No
     settings = {"average": "pictures", "alignment": "none", **model.notes}
     return Result(
         metrics=errors.scores(),
-        protocol=protocol("depth", config, opened, model, errors.pictures, skipped, **settings),
+        protocol=protocol("depth", config, opened, model, errors.pictures, part.counts()[1], **settings),
         seconds=time.monotonic() - begun,
     )
 

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from cutline.errors import DataError
 from cutline.progress import progress
 from cutline.record import combine, digest, fingerprint
-from cutline.transfer.data import DenseData, Sample, Skip, Split, Task
+from cutline.transfer.data import DenseData, Sample, Size, Skip, Split, Task
 from cutline.transfer.metrics import IGNORE
-from cutline.transfer.targets import MASKS, PICTURES, read_image
+from cutline.transfer.targets import MASKS, PICTURES, header_size, read_image
 
 Read = Callable[[Path], NDArray[Any]]
 Cut = Callable[[NDArray[Any]], NDArray[Any]]
@@ -176,7 +176,11 @@ def split(name: str, rows: Sequence[Row], read_target: Read, cut: Cut | None = N
             raise Skip("target empty", f"{row.target} has no labelled pixel.")
         return Sample(row.key, image, values)
 
-    return Split(name, [r.key for r in rows], read)
+    def size(index: int) -> Size | None:
+        found = header_size(rows[index].picture)
+        return found if cut is None or found is None else cut(np.broadcast_to(np.uint8(0), found)).shape[:2]
+
+    return Split(name, [r.key for r in rows], read, size=size)
 
 
 def _contents(files: Sequence[Path]) -> str:

@@ -62,25 +62,25 @@ def still_features(
 ) -> list[Tensor] | None:
     """Features of every training picture as it is, and mirrored if asked for, (1 or 2, N, …) each.
 
-    None if they would take more than `limit` bytes.
+    Zeros for one that cannot be used, which no batch shows. None if they would take more than `limit` bytes.
     """
     device, cast = device_of(config.device), autocast(config)
-    sides, rows = 2 if mirrored else 1, batches.rows
-    parts = [rows[first : first + config.batch] for first in range(0, len(rows), config.batch)]
+    sides, count = 2 if mirrored else 1, len(batches.rows)
+    parts = [range(first, min(first + config.batch, count)) for first in range(0, count, config.batch)]
     store: list[Tensor] = []
-    with progress("features of the frozen encoder", len(rows), "pictures", world()[0] == 0) as tick:
-        done = 0
-        for images in ahead(batches.pictures, parts, batches.threads):
+    with progress("features of the frozen encoder", count, "pictures", world()[0] == 0) as tick:
+        for places, images in ahead(batches.pictures, parts, batches.threads):
+            if images is None:
+                continue
             x = model.normalise(images.to(device, non_blocking=True))
             for flip in range(sides):
                 with cast():
                     maps = model.features(x.flip(3) if flip else x)
                 if not store:
-                    if sides * len(rows) * sum(m[0].nbytes for m in maps) > limit:
+                    if sides * count * sum(m[0].nbytes for m in maps) > limit:
                         return None
-                    store = [m.new_empty((sides, len(rows), *m.shape[1:])) for m in maps]
+                    store = [m.new_zeros((sides, count, *m.shape[1:])) for m in maps]
                 for kept, m in zip(store, maps, strict=True):
-                    kept[flip, done : done + len(m)] = m
-            done += len(images)
+                    kept[flip, places] = m
             tick(len(images))
     return store

@@ -24,26 +24,35 @@ class Scored(Structure):
     pictures: int | None
 
 
-def scored_rows(config: Scored, data: DenseData) -> tuple[Split, list[int], int]:
-    """The split to score, the rows of it that can be read, and how many were skipped."""
+def scored_part(config: Scored, data: DenseData) -> Split:
+    """The part of the data to score. Its `counts` tell what was and what could not be, once it was read."""
     split = data.split(config.split)
-    wanted = config.pictures or data.default_pictures or len(split)
-    rows, skipped = split.usable(range(min(wanted, len(split))))
-    if not rows:
+    part = split.part(range(min(config.pictures or data.default_pictures or len(split), len(split))))
+    if not len(part):
         raise DataError(f"{data.spec}: the split {config.split!r} has no picture to score.")
-    return split, rows, sum(skipped.values())
+    return part
 
 
-def read_along(split: Split, rows: list[int], then: Callable[[Sample], Sample] = lambda s: s) -> Iterator[Sample]:
-    """The samples of this process's share of the rows, and what `then` makes of them, read ahead by threads; with progress.
+def read_along(part: Split, then: Callable[[Sample], Sample] = lambda s: s) -> Iterator[Sample]:
+    """What `then` makes of the samples of this process's share, without those that cannot be used; read ahead by threads,
+    with progress.
 
     Shares are consecutive, so that joined in order of the processes they are all rows in theirs.
     """
     rank, size = world()
-    mine = rows[len(rows) * rank // size : len(rows) * (rank + 1) // size]
-    with progress(f"scoring {split.name}", len(mine), "pictures", rank == 0) as tick:
-        for sample in ahead(lambda row: then(split.read(row)), mine, THREADS):
-            yield sample
+    mine = range(len(part) * rank // size, len(part) * (rank + 1) // size)
+
+    def read(row: int) -> Sample | None:
+        try:
+            return then(part.read(row))
+        except Skip:
+            part.check_skipped()
+            return None
+
+    with progress(f"scoring {part.name}", len(mine), "pictures", rank == 0) as tick:
+        for sample in ahead(read, mine, THREADS):
+            if sample is not None:
+                yield sample
             tick()
 
 

@@ -172,14 +172,14 @@ def quantile_bins(data: DenseData, config: DepthClipConfig) -> tuple[list[float]
     `labels` names; how many were read, and how many could not be."""
     prepared = PreparedDense(config, data, 1)
     check_readings(prepared, data.spec)
-    rows = prepared.rows[:: -(-len(prepared.rows) // READ)]
+    part = prepared.split.part(prepared.rows[:: -(-len(prepared.rows) // READ)])
     low, high = config.min_depth, config.top
-    targets = [torch.from_numpy(prepared.split.read(r).target).flatten() for r in rows]
+    targets = [torch.from_numpy(sample.target).flatten() for sample in part.samples()]
     readings = torch.cat([t[(t > low) & (t <= high)] for t in targets]).sort().values
     places = ((torch.arange(len(config.words)) + 0.5) / len(config.words) * len(readings)).long()
     bins = [float(f"{m:.4g}") for m in readings[places].tolist()]
     try:
-        return rising(bins), len(rows), prepared.skipped
+        return rising(bins), *part.counts()
     except ValueError as e:
         raise DataError(
             f"{data.spec}: {len(bins)} quantiles of its depth are no {len(bins)} depths ({e}). Give bins."
