@@ -4,7 +4,6 @@ Batch k is a pure function of (seed, k): which samples, and how they are cut. So
 processes can share one, and a run can start again at any step. Pictures stay uint8 until they are on the device.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,11 +19,10 @@ from torch.nn import functional as F
 
 from cutline.objectives.gather import world
 from cutline.transfer.augment import COLOURS, CutDepth
-from cutline.transfer.data import Sample, Skip, Split
+from cutline.transfer.data import THREADS, Sample, Skip, Split
 
 A = TypeVar("A")
 B = TypeVar("B")
-THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass

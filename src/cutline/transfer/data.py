@@ -37,7 +37,9 @@ CLASS_KINDS = ("cifar", "imagefolder", "webdataset", "pairs", "scenes")  # of "c
 OBJECTS = {"coco": "coco_boxes", "folder": "folder", "scenes": "scenes", "voc": "voc_boxes"}  # of "detect": modules
 CACHE_BYTES = 1 << 30  # decoded pictures of one split kept in memory, however many there are
 SKIP_SHARE = 0.1
+THREADS = min(8, os.cpu_count() or 1)  # that read
 A = TypeVar("A")
+B = TypeVar("B")
 Size = tuple[int, int]  # height, width
 
 
@@ -126,7 +128,8 @@ class Split:
 
     def sizes(self) -> set[Size]:
         """(height, width) of all its pictures, without those that cannot be read."""
-        return {size for size in self._all(f"sizes of {self.name}", self.size) if size is not None}
+        found = by_threads(self.size, range(len(self)), f"sizes of {self.name}", "pictures")
+        return {size for size in found if size is not None}
 
     def usable(self, wanted: Callable[[Sample], bool] = lambda sample: True) -> list[int]:
         """The rows that can be used and for which `wanted` holds: all of them are read."""
@@ -138,14 +141,8 @@ class Split:
                 self.check_skipped()
                 return False
 
-        return [row for row, fits in enumerate(self._all(f"reading {self.name}", suits)) if fits]
-
-    def _all(self, label: str, look: Callable[[int], A]) -> Iterator[A]:
-        """`look` of every row, in order, by threads."""
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool, progress(label, len(self), "pictures") as tick:
-            for found in pool.map(look, range(len(self))):
-                yield found
-                tick()
+        found = by_threads(suits, range(len(self)), f"reading {self.name}", "pictures")
+        return [row for row, fits in enumerate(found) if fits]
 
     def samples(self) -> Iterator[Sample]:
         """Those that can be used, in order, read when asked for."""
@@ -173,6 +170,14 @@ class Split:
             self._told = len(bad)
             tell_skipped(self.name, bad, len(self))
         return len(self) - len(bad), len(bad)
+
+
+def by_threads(look: Callable[[A], B], items: Sequence[A], label: str, unit: str) -> Iterator[B]:
+    """`look` of every item, in order, by threads, with progress."""
+    with ThreadPoolExecutor(THREADS) as pool, progress(label, len(items), unit) as tick:
+        for found in pool.map(look, items):
+            yield found
+            tick()
 
 
 def tell_skipped(name: str, bad: Sequence[Skip], total: int) -> Counter[str]:

@@ -3,9 +3,7 @@
 A row is a picture and its target. Nothing is decoded here before it is read; the contents of all files are hashed.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cutline.errors import DataError
-from cutline.progress import progress
 from cutline.record import combine, digest, fingerprint
-from cutline.transfer.data import DenseData, Sample, Size, Skip, Split, Task
+from cutline.transfer.data import DenseData, Sample, Size, Skip, Split, Task, by_threads
 from cutline.transfer.metrics import IGNORE
 from cutline.transfer.targets import MASKS, PICTURES, header_size, read_image
 
@@ -185,12 +182,5 @@ def split(name: str, rows: Sequence[Row], read_target: Read, cut: Cut | None = N
 
 def _contents(files: Sequence[Path]) -> str:
     """Hash of names and contents, as `record.hash_files` gives it; a file that is not there counts by its name."""
-    with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        progress("hashing the data", len(files), "files") as tick,
-    ):
-        digests = []
-        for found in pool.map(lambda p: digest(p) if p.is_file() else b"", files):
-            digests.append(found)
-            tick()
+    digests = by_threads(lambda p: digest(p) if p.is_file() else b"", files, "hashing the data", "files")
     return combine(zip(files, digests, strict=True))

@@ -9,8 +9,8 @@ from cutline.errors import DataError
 from cutline.objectives.gather import world
 from cutline.progress import progress
 from cutline.record import Protocol
-from cutline.transfer.batches import THREADS, ahead
-from cutline.transfer.data import DenseData, Sample, Skip, Split
+from cutline.transfer.batches import ahead
+from cutline.transfer.data import THREADS, DenseData, Sample, Skip, Split
 from cutline.transfer.model import Transferred
 from cutline.transfer.options import NO_NUMBER, SplitName, TransferConfig, precision
 

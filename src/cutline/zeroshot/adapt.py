@@ -32,9 +32,9 @@ from cutline.record import Result, fingerprint, hash_files
 from cutline.towers.pictures import weights_hash
 from cutline.train.device import device_of
 from cutline.transfer import store
-from cutline.transfer.batches import THREADS, ahead, stack_images
+from cutline.transfer.batches import ahead, stack_images
 from cutline.transfer.classify import SHOWN, Classifier, ClassifyConfig
-from cutline.transfer.data import DenseData, Sample, Split, open_data
+from cutline.transfer.data import THREADS, DenseData, Sample, Split, open_data
 from cutline.transfer.loop import train
 from cutline.transfer.metrics import Hits
 from cutline.transfer.options import seeded
