@@ -106,15 +106,15 @@ class Batches:
         """This process's share of batch `step`."""
         drawn = self.drawn(step)
         flips = [self.flip and bool(rng.random() < 0.5) for _, rng in drawn]
-        shown = [
-            self.usable(place, rng, partial(self.view, flip=flip, rng=rng))
+        views = [
+            self.shown(place, rng, partial(self.view, flip=flip, rng=rng))
             for (place, rng), flip in zip(drawn, flips, strict=True)
         ]
-        images, targets = (torch.stack(part) for part in zip(*(view for _, view in shown)))
-        keys = [self.split.keys[self.rows[place]] for place, _ in shown]
-        return Batch(images, targets, keys, torch.tensor([place for place, _ in shown]), torch.tensor(flips))
+        images, targets = (torch.stack(part) for part in zip(*(view for _, view in views)))
+        keys = [self.split.keys[self.rows[place]] for place, _ in views]
+        return Batch(images, targets, keys, torch.tensor([place for place, _ in views]), torch.tensor(flips))
 
-    def usable(self, place: int, rng: np.random.Generator, show: Callable[[int], A]) -> tuple[int, A]:
+    def shown(self, place: int, rng: np.random.Generator, show: Callable[[int], A]) -> tuple[int, A]:
         """A place in the training set and what `show` makes of its row: of `place`, or where that cannot be used of one
         drawn by `rng` in its stead, so that the batch still is a function of (seed, step)."""
         while True:

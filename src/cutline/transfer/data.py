@@ -70,7 +70,7 @@ class Split:
 
     Nothing is decoded before it is needed, and nothing is tried out before training: that would take minutes for ADE20K
     and half an hour for ImageNet. A training or a scoring is of a `part`, which keeps in `skipped` what turned out not to
-    be usable: training shows another picture in its place (`Batches.usable`), a score leaves it out, and both stop once
+    be usable: training shows another picture in its place (`Batches.shown`), a score leaves it out, and both stop once
     it is too much (`check_skipped`) and tell and record how much it was (`counts`).
     """
 

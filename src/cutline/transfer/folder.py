@@ -80,7 +80,7 @@ def _largest(masks: list[Path], ignored: set[int]) -> int:
 
     def largest(path: Path) -> int:
         try:
-            return max({-1, *np.unique(read_index(path)).tolist()} - ignored)
+            return int(max({-1, *np.unique(read_index(path)).tolist()} - ignored))
         except Exception:
             return -1  # counted when the sample is read
 

@@ -110,7 +110,7 @@ class Unlabelled:
         views = self.views
         strong, weak, masks, keys = [], [], [], []
         for place, rng in views.drawn(step):
-            place, (first, second) = views.usable(place, rng, partial(self._pair, rng=rng))
+            place, (first, second) = views.shown(place, rng, partial(self._pair, rng=rng))
             strong.append(first)
             weak.append(second)
             masks.append(random_mask(self.cells, self.square, self.mask, rng))
