@@ -67,6 +67,27 @@ def test_maps_at_the_native_size_are_the_librarys_intermediates(kind, model_of):
             torch.testing.assert_close(ours, expected, rtol=0, atol=1e-6)
 
 
+def test_class_tokens_are_those_beside_the_maps(kind, model_of):
+    model = model_of(kind)
+    encoder = towers.load_encoder(model)
+    x = pictures(2, 3, encoder.size, encoder.size)
+    trunk = getattr(encoder.visual, "trunk", None)
+    if (trunk is not None and getattr(trunk, "cls_token", None) is None) or kind == "resnet":
+        assert not encoder.class_token
+        with pytest.raises(ConfigError, match="has no class token"):
+            encoder.maps_and_classes(x)
+        return
+    with torch.no_grad():
+        maps, classes = encoder.maps_and_classes(x)
+        assert all(torch.equal(a, b) for a, b in zip(maps, encoder(x), strict=True))
+        assert [c.shape for c in classes] == [(2, c) for c in encoder.channels]
+        if trunk is not None:
+            ours, expected = trunk.norm(classes[-1]), trunk.forward_features(x)[:, 0]
+        else:
+            ours, expected = classes[-1], encoder.visual.transformer(encoder.embed(x, dropout=False)[0])[:, 0]
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-5)
+
+
 def test_padding_is_zeros_on_the_right_and_at_the_bottom(model_of):
     encoder = towers.load_encoder(model_of("mci0-joint"))
     x = pictures(1, 3, 70, 101)

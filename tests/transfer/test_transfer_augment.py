@@ -133,7 +133,6 @@ def test_cutdepth_meets_its_share_of_the_pictures() -> None:
 
 def test_a_changed_batch_depends_on_seed_and_step_alone_and_has_the_same_targets(folder: Callable[..., Path]) -> None:
     split = open_data(f"folder:{folder()}", "depth").split("train")
-    split.usable(range(8))
     bare = Cut((24, 24), (0.5, 2.0), True, None, FILL, 0)
     changed = Cut((24, 24), (0.5, 2.0), True, None, FILL, 0, "jitter", CutDepth(0.5, 10.0))
     one, two = (list(Batches(split, range(8), 4, 7, changed, threads=t).iterate(0, 3))[2] for t in (1, 3))
@@ -150,7 +149,6 @@ def test_a_changed_batch_depends_on_seed_and_step_alone_and_has_the_same_targets
 def test_batches_in_other_colours_are_not_whole(folder: Callable[..., Path]) -> None:
     """So that frozen features are not kept for pictures that change."""
     split = open_data(f"folder:{folder()}", "segment").split("train")
-    split.usable(range(8))
     for options, whole in ((("none", None), True), (("photometric", None), False), (("none", CutDepth(1, 1)), False)):
         assert Batches(split, range(8), 4, 0, Cut((32, 32), (1.0, 1.0), True, None, FILL, 0, *options)).whole == whole
 

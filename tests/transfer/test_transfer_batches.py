@@ -6,8 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cutline.errors import DataError
 from cutline.transfer.batches import Batches, Cut, cut
-from cutline.transfer.data import Sample, Split
+from cutline.transfer.data import Sample, Skip, Split
 from cutline.transfer.metrics import IGNORE
 
 FILL = (10, 20, 30)
@@ -18,9 +19,7 @@ def split_of(count: int, size: tuple[int, int] = (12, 16)) -> Split:
         image = np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)
         return Sample(str(i), image, np.full(size, i, np.int16))
 
-    split = Split("train", [str(i) for i in range(count)], read)
-    split.usable(range(count))
-    return split
+    return Split("train", [str(i) for i in range(count)], read)
 
 
 def how(
@@ -42,6 +41,34 @@ def test_a_batch_depends_on_seed_and_step_alone() -> None:
         assert torch.equal(many[6].targets, other.targets)
         assert many[6].keys == other.keys
     assert not torch.equal(many[6].images, Batches(split, range(10), 4, 8, c).make(6).images)
+
+
+def test_a_picture_that_cannot_be_used_is_replaced_by_seed_and_step_alone() -> None:
+    """Whoever meets it first, and in whatever order; the other pictures of its batch stay as they were."""
+
+    def broken(bad: set[int]) -> Split:
+        good = split_of(20)
+
+        def read(i: int) -> Sample:
+            if i in bad:
+                raise Skip("broken", f"{i} is broken")
+            return good.read(i)
+
+        return Split("train", good.keys, read)
+
+    c = how((8, 8), (0.5, 2.0))
+    many = list(Batches(broken({3, 11}), range(20), 4, 7, c, threads=3).iterate(0, 10))
+    before = list(Batches(split_of(20), range(20), 4, 7, c).iterate(0, 10))
+    for step in reversed(range(10)):
+        alone = Batches(broken({3, 11}), range(20), 4, 7, c).make(step)
+        assert torch.equal(many[step].images, alone.images)
+        assert many[step].keys == alone.keys
+        same = [i for i, key in enumerate(before[step].keys) if key not in ("3", "11")]
+        assert torch.equal(many[step].images[same], before[step].images[same])
+    assert not {"3", "11"} & {key for batch in many for key in batch.keys}
+    assert sum(len({"3", "11"} & set(batch.keys)) for batch in before) == 4  # two epochs
+    with pytest.raises(DataError, match=r"train: 3 of 20 pictures skipped \(3 × broken\)"):
+        list(Batches(broken({3, 11, 12}), range(20), 4, 7, c).iterate(0, 5))
 
 
 @given(st.integers(1, 30), st.integers(2, 12), st.integers(0, 2**31))

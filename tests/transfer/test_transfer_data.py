@@ -13,6 +13,8 @@ from cutline.errors import CutlineError, DataError
 from cutline.transfer import data
 from cutline.transfer.data import Sample, Skip, Split, labelled, open_data
 from cutline.transfer.metrics import IGNORE
+from cutline.transfer.prepared import PreparedDense
+from cutline.transfer.segment import SegmentConfig
 
 Folder = Callable[..., Path]
 
@@ -129,19 +131,32 @@ def test_a_sample_that_cannot_be_used_is_counted_and_told(
     root = folder(train=12, val=1)
     reason = spoil(root)
     train = open_data(f"folder:{root}", "segment").splits["train"]
-    rows, counts = train.usable(range(12))
-    assert rows == [0, *range(2, 12)]
-    assert counts == {reason: 1}
+    assert train.usable() == [0, *range(2, 12)]
+    assert [e.reason for e in train.skipped.values()] == [reason]
+    assert train.counts() == (11, 1)
     told = capsys.readouterr().err
     assert "1 of 12 pictures skipped" in told
     assert "001" in told
+
+
+def test_nothing_is_decoded_before_training(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes are in the headers; and which pictures have labels does not depend on what turns out to be broken."""
+    root = folder(train=12, size=(24, 40))
+    data = open_data(f"folder:{root}", "segment")
+    monkeypatch.setattr("cutline.transfer.files.read_image", None)
+    prepared = PreparedDense(SegmentConfig(labels=6), data, 64)
+    assert prepared.crop == (24, 40)
+    keys = prepared.split.keys
+    assert keys == [data.split("train").keys[r] for r in labelled(12, 6, 0)]
+    spoil_picture(root)
+    assert PreparedDense(SegmentConfig(labels=6), open_data(f"folder:{root}", "segment"), 64).split.keys == keys
 
 
 def test_too_many_of_them_stop(folder: Folder) -> None:
     root = folder(train=8)
     spoil_size(root)
     with pytest.raises(DataError, match=r"1 of 8 pictures skipped \(1 × size differs\)[\s\S]*32x16"):
-        open_data(f"folder:{root}", "segment").splits["train"].usable(range(8))
+        open_data(f"folder:{root}", "segment").splits["train"].usable()
 
 
 def test_depth_in_millimetres_metres_and_by_a_scale(folder: Folder) -> None:
@@ -230,8 +245,8 @@ def test_the_fingerprint_follows_the_contents(folder: Folder) -> None:
 
 def test_no_more_pictures_are_kept_than_the_bytes_for_them_allow(monkeypatch: pytest.MonkeyPatch) -> None:
     picture = np.zeros((10, 10, 3), np.uint8)
-    split = Split("val", [str(i) for i in range(50)], lambda i: Sample(str(i), picture, np.array(i)))
     monkeypatch.setattr(data, "CACHE_BYTES", 3 * (picture.nbytes + 8))
+    split = Split("val", [str(i) for i in range(50)], lambda i: Sample(str(i), picture, np.array(i)))
     assert [int(split.read(i).target) for i in range(50)] == list(range(50))
     assert len(split._cache) == 3
 

@@ -21,7 +21,7 @@ from cutline.transfer.depth import DepthConfig, counted, depth
 from cutline.transfer.depth import fit as fit_depth
 from cutline.transfer.options import look
 from cutline.transfer.segment import SegmentConfig, Segmenter, cross_entropy, fit, score, segment
-from cutline.transfer.store import load
+from cutline.transfer.store import load, save
 
 Folder = Callable[..., Path]
 QUICK: dict[str, Any] = {"steps": 6, "batch": 4, "scale": (1.0, 1.0), "channels": 64, "lr": 1e-3}
@@ -103,13 +103,31 @@ def test_a_frozen_encoder_stays_as_it_is_to_the_bit(folder: Folder, encoder: Any
 def test_kept_frozen_features_train_the_same_head(
     folder: Folder, encoder: Any, flip: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = open_data(f"folder:{folder(size=(30, 44))}", "segment")  # no multiple of the patch
-    config = SegmentConfig(**QUICK, frozen=True, head="linear", flip=flip)
+    root = folder(train=12, size=(30, 44))  # no multiple of the patch
+    Image.fromarray(np.full((30, 44), 77, np.uint8)).save(root / "train/masks/005.png")  # no such class
+    data, config = open_data(f"folder:{root}", "segment"), SegmentConfig(**QUICK, frozen=True, head="linear", flip=flip)
     kept = fit(encoder, data, config)
     monkeypatch.setattr(loop, "CACHE_BYTES", 0)
     computed = fit(encoder, data, config)
+    assert (kept.labels, kept.skipped) == (computed.labels, computed.skipped) == (11, 1)
     for (name, a), b in zip(kept.state_dict().items(), computed.state_dict().values(), strict=True):
         assert torch.allclose(a.float(), b.float(), atol=1e-5), name
+
+
+@pytest.mark.parametrize("head", ["linear", "dpt"])
+def test_kept_class_tokens_train_the_same_head(
+    folder: Folder, encoder: Any, head: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    data = open_data(f"folder:{folder()}", "depth")
+    config = DepthConfig(**QUICK, frozen=True, head=head, class_token=True, gradient=0.5, max_depth=7)
+    kept = fit_depth(encoder, data, config)
+    monkeypatch.setattr(loop, "CACHE_BYTES", 0)
+    for (name, a), b in zip(kept.state_dict().items(), fit_depth(encoder, data, config).state_dict().values()):
+        assert torch.allclose(a.float(), b.float(), atol=1e-4), name
+    without = fit_depth(encoder, data, config.model_copy(update={"gradient": 0.0}))
+    assert not same(weights(without.head), weights(kept.head))
+    image = data.split("val").read(0).image
+    assert np.array_equal(load(save(kept, tmp_path / "model")).predict([image])[0], kept.predict([image])[0])
 
 
 def test_layer_decay_by_formula(encoder: Any) -> None:

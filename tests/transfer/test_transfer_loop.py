@@ -87,6 +87,24 @@ def test_resume_after_a_kill_gives_the_same_model_and_log(
     assert [(r["step"], r["loss"], r["lr"]) for r in logs[0]] == [(r["step"], r["loss"], r["lr"]) for r in logs[1]]
 
 
+def test_a_broken_picture_met_before_a_kill_is_counted_after_it(
+    folder: Callable[..., Path], encoder: Any, tmp_path: Path, killed: Callable[[int], None], capsys: Any
+) -> None:
+    root, first = folder(train=12), np.random.default_rng([0, 1, 0]).permutation(12)[0]  # of the only epoch
+    (root / f"train/images/{first:03d}.png").write_bytes(b"broken")
+    config = SegmentConfig(**{**DENSE, "steps": 3}, head="linear", save_every=1)
+    whole = fit(encoder, f"folder:{root}", config)
+    killed(3)
+    with pytest.raises(Killed):
+        fit(encoder, f"folder:{root}", config, tmp_path / "half")
+    killed(0)
+    capsys.readouterr()
+    resumed = fit(encoder, f"folder:{root}", config, tmp_path / "half", resume=True)
+    assert_same(whole, resumed)
+    assert (whole.labels, whole.skipped) == (resumed.labels, resumed.skipped) == (11, 1)
+    assert "train: 1 of 12 pictures skipped (1 × picture broken)" in capsys.readouterr().err
+
+
 def test_a_finished_run_keeps_no_checkpoint_and_a_changed_one_is_not_resumed(
     folder: Callable[..., Path], encoder: Any, tmp_path: Path, killed: Callable[[int], None]
 ) -> None:
@@ -268,6 +286,7 @@ def test_two_processes_train_and_score_as_one(
     folders: Callable[..., Path], encoder: Any, tmp_path: Path, capfd: Any
 ) -> None:
     data = folders()
+    (data / "train/sea/1.jpg").write_bytes(b"broken")
     alone = classify(encoder, f"imagefolder:{data}", PLAIN, tmp_path / "one")
     torch.save(encoder, tmp_path / "encoder.pt")
     code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}\n" + TWO
@@ -277,6 +296,7 @@ def test_two_processes_train_and_score_as_one(
     joint = Result.read(tmp_path / "two")
     assert joint.metrics == pytest.approx(alone.metrics)
     assert joint.protocol.column() == alone.protocol.column()
+    assert joint.protocol.settings["trained_skipped"] == 1
     one, two = (load(tmp_path / x) for x in ("one", "two"))
     for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=2e-5, msg=name)
@@ -302,8 +322,7 @@ def test_a_batch_that_the_processes_cannot_share_is_told(
 
 def test_processes_shares_make_up_the_batch(folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     split = open_data(f"folder:{folder()}", "segment").split("train")
-    rows, _ = split.usable(range(len(split)))
-    made = batches.Batches(split, rows, 4, 3, batches.Cut((24, 24), (0.5, 2.0), True, None, (0, 0, 0), -1))
+    made = batches.Batches(split, range(len(split)), 4, 3, batches.Cut((24, 24), (0.5, 2.0), True, None, (0, 0, 0), -1))
     whole = made.make(5)
     parts = []
     for rank in range(2):

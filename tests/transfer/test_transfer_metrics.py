@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
 
-from cutline.transfer.depth import silog
+from cutline.transfer.depth import gradient_loss, silog
 from cutline.transfer.metrics import IGNORE, Confusion, DepthErrors, depth_errors
 
 
@@ -97,3 +97,25 @@ def test_silog_edges() -> None:
     nothing = silog(p, p.detach(), ~everywhere)
     nothing.backward()
     assert nothing.item() == 0
+
+
+def test_the_gradient_loss_is_the_formula() -> None:
+    """By loops, in double precision: at every 1st, 2nd, 4th and 6th pixel, over differences of two valid ones."""
+    rng = np.random.default_rng(0)
+    p, t = rng.uniform(0.5, 9, (2, 11, 14)), rng.uniform(0.5, 9, (2, 11, 14))
+    valid = rng.random((2, 11, 14)) < 0.8
+    d, expected = np.log(p + 1e-3) - np.log(t + 1e-3), 0.0
+    for s in (1, 2, 4, 6):
+        total, count = 0.0, 0
+        for b, i, j in np.ndindex(2, 11, 14):
+            if i % s or j % s or not valid[b, i, j]:
+                continue
+            count += 1
+            for k, m in ((i + 2 * s, j), (i, j + 2 * s)):
+                if k < 11 and m < 14 and valid[b, k, m]:
+                    total += abs(d[b, k, m] - d[b, i, j])
+        expected += total / count
+    found = gradient_loss(torch.tensor(p), torch.tensor(np.where(valid, t, 0)), torch.tensor(valid))
+    assert found.item() == pytest.approx(expected, rel=1e-12)
+    nothing = torch.zeros(1, 1, 1, dtype=torch.bool)
+    assert gradient_loss(torch.ones(1, 1, 1), torch.ones(1, 1, 1), nothing).item() == 0

@@ -86,6 +86,8 @@ def test_splits_subsets_and_fingerprints(tmp_path: Path, kind: str) -> None:
     assert {k: len(v) for k, v in data.splits.items()} == {"train": 3, second: 2}
     assert len({*data.split("train").keys, *data.split(second).keys}) == (5 if kind in ("ade20k", "voc", "context", "kitti") else 3)  # fmt: skip
     assert {*labelled(3, 1, 0)} < {*labelled(3, 2, 0)}
+    for part in data.splits.values():  # by the headers, and cut as what is read
+        assert [part.size(r) for r in range(len(part))] == [part.read(r).image.shape[:2] for r in range(len(part))]
     assert data.fingerprint == open_data(spec, task).fingerprint
     targets = sorted(p for p in tmp_path.rglob("*.png") if "leftImg8bit" not in p.name and "input" not in p.parts)
     with Image.open(targets[-1]) as stored:

@@ -25,7 +25,7 @@ from cutline.transfer.segment import SegmentConfig, Segmenter
 
 RECIPES = Path(__file__).parents[2] / "recipes" / "transfer"
 CONFIGS: dict[str, type[TransferConfig]] = {
-    "ade20k": SegmentConfig, "voc": SegmentConfig, "nyuv2": DepthConfig, "kitti": DepthConfig, "coco": DetectConfig, "imagenet": ClassifyConfig,
+    "ade20k": SegmentConfig, "cityscapes": SegmentConfig, "voc": SegmentConfig, "nyuv2": DepthConfig, "kitti": DepthConfig, "coco": DetectConfig, "imagenet": ClassifyConfig,
 }  # fmt: skip
 VIT, MCI2, SWIN, RESNET = "vit_base_patch16_224", "fastvit_mci2", "swin_tiny_patch4_window7_224", "resnet50"
 
@@ -48,12 +48,19 @@ def test_every_recipe_is_a_config_of_its_task(path: Path) -> None:
         ("ade20k-upernet", VIT, 120.13),
         ("ade20k-upernet-mae", VIT, 162.66),
         ("ade20k-upernet", SWIN, 59.94),  # 60 M published
+        (
+            "ade20k-upernet",
+            "swin_base_patch4_window7_224",
+            121.94,
+        ),  # 121 M published; open_clip's of that name projects
         ("ade20k-fpn-mobile", RESNET, 28.50),  # 28.5 M published
         ("ade20k-fpn-mobile", MCI2, 39.47),
         ("ade20k-linear", VIT, 85.92),
+        ("cityscapes-upernet", SWIN, 59.84),  # 59 M published of InternImage-T
         ("nyuv2-mim", VIT, 86.09),
-        ("nyuv2-linear", VIT, 86.59),
-        ("nyuv2-dpt", VIT, 104.68),
+        ("nyuv2-linear", VIT, 87.38),
+        ("nyuv2-linear-dinov3", VIT, 86.00),
+        ("nyuv2-dpt", VIT, 109.41),
         ("coco-vitdet", VIT, 110.90),  # 111 M published
         ("coco-cascade", VIT, 141.16),  # 141 M published
     ],
@@ -67,7 +74,8 @@ def test_what_a_recipe_builds_has_the_size_of_the_docs(
         tower = load_encoder(load_tower(f"scratch:{encoder}", device="meta"))
         model: torch.nn.Module
         if isinstance(config, SegmentConfig):
-            model = Segmenter(tower, config, [str(k) for k in range(150)])
+            classes = 19 if name.startswith("cityscapes") else 150
+            model = Segmenter(tower, config, [str(k) for k in range(classes)])
         elif isinstance(config, DepthConfig):
             model = DepthEstimator(tower, config)
         else:
@@ -89,7 +97,7 @@ def test_heads_on_other_towers_have_the_published_size(tower: str, fpn: bool, mi
 
 
 def test_dpt_differs_from_transformers_by_what_its_docstring_leaves_out() -> None:
-    """DPT-Large has 343 M published, which is transformers'; ours is without the readout and a unit that is not read."""
+    """DPT-Large has 343 M published, which is transformers'; ours is without a unit that is not read."""
     from transformers import DPTConfig, DPTForDepthEstimation
 
     with torch.device("meta"):
@@ -99,11 +107,10 @@ def test_dpt_differs_from_transformers_by_what_its_docstring_leaves_out() -> Non
         )  # fmt: skip
         base = DPTForDepthEstimation(DPTConfig(neck_hidden_sizes=[96, 192, 384, 768]))
     assert sum(p.numel() for p in large.parameters()) / 1e6 == pytest.approx(343, abs=0.5)
-    readout = base.neck.reassemble_stage.readout_projects
     unread = base.neck.fusion_stage.layers[0].residual_layer1
     positions = (24**2 - 14**2) * 768  # at 384 pixels, ours at 224
-    counts = [sum(p.numel() for p in m.parameters()) for m in (base, readout, unread)]
-    assert (counts[0] - counts[1] - counts[2] - positions) / 1e6 == pytest.approx(104.68, abs=0.005)
+    counts = [sum(p.numel() for p in m.parameters()) for m in (base, unread)]
+    assert (counts[0] - counts[1] - positions) / 1e6 == pytest.approx(109.41, abs=0.005)
 
 
 def test_the_command_takes_a_recipe_and_overrides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,6 +98,22 @@ def test_finished_trials_are_not_run_again(
     assert not (out / "sweep" / "kept").exists()
 
 
+def test_a_sweep_killed_before_it_said_what_was_tried_is_put_right_by_resuming(
+    folder: Callable[..., Path], encoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, rates, out = SegmentConfig(head="linear", frozen=True, steps=2, batch=4), [1e-3, 1e-2], tmp_path / "out"
+    data = open_data(f"folder:{folder()}", "segment")
+    first = sweep("segment", encoder, data, config, out, rates)
+    best = (out / "recipe.yaml").read_text().partition("lr: ")[2].split()[0]
+    settings = {**first.protocol.settings, "lr": float(best)}
+    first.model_copy(update={"protocol": first.protocol.model_copy(update={"settings": settings})}).write(out)
+    monkeypatch.setattr("cutline.transfer.segment.segment", None)  # nothing is trained again
+    again = sweep("segment", encoder, data, config, out, rates, resume=True)
+    assert again == first == Result.read(out)
+    with pytest.raises(ConfigError, match="holds another sweep: best of 0.001, 0.01 by"):
+        sweep("segment", encoder, data, config, out, [1e-3], resume=True)
+
+
 def test_what_cannot_be_swept_is_told(folder: Callable[..., Path], encoder: Any, trials: list[dict[str, Any]]) -> None:
     data = open_data(f"folder:{folder(train=2)}", "segment")
     with pytest.raises(DataError, match="2 training pictures are too few"):

@@ -131,8 +131,7 @@ def test_a_class_whose_share_underflows_has_a_finite_term() -> None:
 
 def batch_of(data: DenseData, it: Adapted) -> must.Pictures:
     split, encoder = data.split("train"), it.encoder
-    rows = split.usable(range(len(split)))[0]
-    return Unlabelled(split, rows, it.config, encoder.size, encoder.multiple, it.square).make(0)
+    return Unlabelled(split, range(len(split)), it.config, encoder.size, encoder.multiple, it.square).make(0)
 
 
 def plainly(it: Adapted, x: torch.Tensor, masked: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cutline.errors import CutlineError
+from cutline.errors import ConfigError, CutlineError
 from cutline.towers.droppath import set_drop_path
 from cutline.towers.model import Model
 
@@ -31,14 +31,15 @@ class Encoder(nn.Module):
     """Base of the encoders; `wrap` and `towers.load_encoder` choose the right one.
 
     strides, channels: one per map of `forward`; width: of `pooled`; patch: patch size of a plain ViT, None for a
-    hierarchical tower; mean, std: of the pictures it expects; size: pixels it was trained at; num_layers: for
-    layer-wise learning-rate decay. Parameter names start with "visual.".
+    hierarchical tower; class_token: whether it has one (`maps_and_classes`); mean, std: of the pictures it expects;
+    size: pixels it was trained at; num_layers: for layer-wise learning-rate decay. Parameter names start with "visual.".
     """
 
     strides: tuple[int, ...]
     channels: tuple[int, ...]
     width: int
     patch: int | None = None
+    class_token = False
     num_layers: int
 
     def __init__(self, model: Model) -> None:
@@ -57,6 +58,9 @@ class Encoder(nn.Module):
 
     def _maps(self, x: Tensor) -> list[Tensor]:
         raise NotImplementedError
+
+    def _maps_and_classes(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        raise ConfigError(f"{self.name} has no class token.")
 
     def _last(self, x: Tensor) -> Tensor:
         raise NotImplementedError
@@ -85,6 +89,14 @@ class Encoder(nn.Module):
         """
         maps = self._maps(self._pad(images))
         return [_cut(m, images, s) for m, s in zip(maps, self.strides, strict=True)]
+
+    def maps_and_classes(self, images: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """The maps of `forward`, and what the class token is where each of them is read, (B, C_i).
+
+        Of a tower with two class tokens it is the first. Raises `ConfigError` for a tower without one.
+        """
+        maps, classes = self._maps_and_classes(self._pad(images))
+        return [_cut(m, images, s) for m, s in zip(maps, self.strides, strict=True)], classes
 
     def last(self, images: Tensor) -> Tensor:
         """The map that the tower pools, after its last norm: (B, C, ceil(H / s), ceil(W / s)), s the largest

@@ -65,7 +65,7 @@ def load(name: str, device: str | torch.device = "cpu") -> Model:
     """
     bare, scratch = name.removeprefix(SCRATCH), name.startswith(SCRATCH)
     if not scratch and (name.startswith("hf-hub:") or model_folder(name) is not None):
-        model = build(TowerConfig(model=name))
+        model = build(TowerConfig(model=name), device)
     elif _named(bare) is not None:
         if not scratch:
             tags = ", ".join(list_pretrained_tags_by_model(bare)) or "none"
@@ -73,12 +73,12 @@ def load(name: str, device: str | torch.device = "cpu") -> Model:
                 f"{name!r} names an architecture without weights. Say which, as '{name}:TAG' (tags: {tags}), "
                 f"or '{SCRATCH}{name}' for random ones."
             )
-        model = build(TowerConfig(model=bare))
+        model = build(TowerConfig(model=bare), device)
     elif timm.is_model(bare.split(".")[0]):
         model = _load_timm(bare, pretrained=not scratch)
     elif ":" in bare and not scratch:
         architecture, tag = bare.split(":", 1)
-        model = build(TowerConfig(model=architecture, pretrained=tag))
+        model = build(TowerConfig(model=architecture, pretrained=tag), device)
     else:
         raise _unknown(name)
     model.name = name

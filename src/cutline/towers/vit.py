@@ -44,6 +44,8 @@ def is_plain_vit(trunk: Any) -> bool:
 class NativeViT(Encoder):
     """open_clip's VisionTransformer, with any pooling it has (class token, average, attention)."""
 
+    class_token = True
+
     def __init__(self, model: Model, taps: tuple[int, ...] | None = None) -> None:
         super().__init__(model)
         height, width = self.visual.patch_size
@@ -73,12 +75,16 @@ class NativeViT(Encoder):
         return cast(Tensor, v.ln_pre(v.patch_dropout(x) if dropout else x)), grid
 
     def _maps(self, x: Tensor) -> list[Tensor]:
+        return self._maps_and_classes(x)[0]
+
+    def _maps_and_classes(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
         x, grid = self.embed(x, dropout=False)
-        if not self.num_layers:  # a stem of convolutions alone
-            return [_to_map(x[:, self.prefix :], grid) for _ in self.taps]
-        _, tokens = self.visual.transformer.forward_intermediates(x, indices=sorted(set(self.taps)), stop_early=True)
-        at = dict(zip(sorted(set(self.taps)), tokens, strict=True))  # towers of fewer than 4 blocks repeat a tap
-        return [_to_map(at[t][:, self.prefix :], grid) for t in self.taps]
+        tokens = [x] * len(self.taps)  # of a stem of convolutions alone
+        if self.num_layers:
+            _, found = self.visual.transformer.forward_intermediates(x, indices=sorted(set(self.taps)), stop_early=True)
+            at = dict(zip(sorted(set(self.taps)), found, strict=True))  # towers of fewer than 4 blocks repeat a tap
+            tokens = [at[t] for t in self.taps]
+        return [_to_map(t[:, self.prefix :], grid) for t in tokens], [t[:, 0] for t in tokens]
 
     def _last(self, x: Tensor) -> Tensor:
         x, grid = self.embed(x, dropout=False)
@@ -170,6 +176,7 @@ class TimmViT(Encoder):
         super().__init__(model)
         trunk = self.visual.trunk
         self.any_size = _allow_any_size(trunk)
+        self.class_token = getattr(trunk, "cls_token", None) is not None
         self.patch = self.multiple = int(trunk.feature_info[-1]["reduction"])
         self.depth = len(trunk.blocks)
         self.taps = even_taps(self.depth, taps)
@@ -201,10 +208,11 @@ class TimmViT(Encoder):
             if was:
                 dropout.train()
 
-    def _tokens(self, x: Tensor, taps: list[int], norm: bool) -> dict[int, Tensor]:
+    def _tokens(self, x: Tensor, taps: list[int], norm: bool, prefix: bool = False) -> dict[int, Any]:
+        """The maps of these blocks; prefix: each with the tokens before its patches, (B, P, C)."""
         with self._fitted(x, dense=True) as trunk:
             maps = trunk.forward_intermediates(
-                x, indices=taps, norm=norm, stop_early=True, output_fmt="NCHW", intermediates_only=True
+                x, indices=taps, return_prefix_tokens=prefix, norm=norm, stop_early=True, intermediates_only=True
             )
         return dict(zip(taps, maps, strict=True))
 
@@ -212,8 +220,14 @@ class TimmViT(Encoder):
         at = self._tokens(x, sorted(set(self.taps)), norm=False)
         return [at[t] for t in self.taps]
 
+    def _maps_and_classes(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        if not self.class_token:
+            return super()._maps_and_classes(x)
+        at = self._tokens(x, sorted(set(self.taps)), norm=False, prefix=True)
+        return [at[t][0] for t in self.taps], [at[t][1][:, 0] for t in self.taps]
+
     def _last(self, x: Tensor) -> Tensor:
-        x = self._tokens(x, [self.depth - 1], norm=True)[self.depth - 1]
+        x = cast(Tensor, self._tokens(x, [self.depth - 1], norm=True)[self.depth - 1])
         fc_norm: Any = getattr(self.visual.trunk, "fc_norm", None)
         if isinstance(fc_norm, nn.Module):  # the last norm of towers that pool by averaging
             x = fc_norm(x.movedim(1, -1)).movedim(-1, 1)
@@ -254,7 +268,9 @@ class TimmViT(Encoder):
         trunk, x = self.visual.trunk, last.movedim(1, -1)
         pool = getattr(trunk, "attn_pool", None)
         if getattr(pool, "pos_embed", None) is not None:
-            raise CutlineError(f"{self.name} pools by attention with positions: its cells have no projection of their own.")
+            raise CutlineError(
+                f"{self.name} pools by attention with positions: its cells have no projection of their own."
+            )
         if pool is not None:
             x = pool(x.flatten(0, 2)[:, None]).unflatten(0, x.shape[:3])
         x = trunk.head(trunk.head_drop(x))

@@ -4,11 +4,11 @@ Batch k is a pure function of (seed, k): which samples, and how they are cut. So
 processes can share one, and a run can start again at any step. Pictures stay uint8 until they are on the device.
 """
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,11 +19,10 @@ from torch.nn import functional as F
 
 from cutline.objectives.gather import world
 from cutline.transfer.augment import COLOURS, CutDepth
-from cutline.transfer.data import Sample, Split
+from cutline.transfer.data import THREADS, Sample, Skip, Split
 
 A = TypeVar("A")
 B = TypeVar("B")
-THREADS = min(8, os.cpu_count() or 1)
 
 
 @dataclass
@@ -73,13 +72,12 @@ class Batches:
         self.threads = threads or THREADS
         self.how = cut
         self.targets_only = False  # whether pictures may be left out, as for features computed before
+        self.check = split.check_skipped  # called when a picture cannot be used: raises where that is not to be borne
 
     @property
     def whole(self) -> bool:
         """Whether every batch is `pictures`, mirrored or not."""
-        how = self.how
-        sizes = {self.split.sizes[r] for r in self.rows}
-        return how.plain and sizes == {how.crop}
+        return self.how.plain and self.split.sizes() == {self.how.crop}
 
     def view(self, row: int, flip: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
         """A picture (3, H, W) uint8 and its target as one batch shows them."""
@@ -108,14 +106,33 @@ class Batches:
         """This process's share of batch `step`."""
         drawn = self.drawn(step)
         flips = [self.flip and bool(rng.random() < 0.5) for _, rng in drawn]
-        views = (self.view(self.rows[place], flip, rng) for (place, rng), flip in zip(drawn, flips, strict=True))
-        images, targets = (torch.stack(part) for part in zip(*views))
-        keys = [self.split.keys[self.rows[place]] for place, _ in drawn]
-        return Batch(images, targets, keys, torch.tensor([place for place, _ in drawn]), torch.tensor(flips))
+        views = [
+            self.shown(place, rng, partial(self.view, flip=flip, rng=rng))
+            for (place, rng), flip in zip(drawn, flips, strict=True)
+        ]
+        images, targets = (torch.stack(part) for part in zip(*(view for _, view in views)))
+        keys = [self.split.keys[self.rows[place]] for place, _ in views]
+        return Batch(images, targets, keys, torch.tensor([place for place, _ in views]), torch.tensor(flips))
 
-    def pictures(self, rows: Sequence[int]) -> Tensor:
-        """Pictures of equal size, (len(rows), 3, H, W) uint8."""
-        return stack_images([self.picture(r) for r in rows])
+    def shown(self, place: int, rng: np.random.Generator, show: Callable[[int], A]) -> tuple[int, A]:
+        """A place in the training set and what `show` makes of its row: of `place`, or where that cannot be used of one
+        drawn by `rng` in its stead, so that the batch still is a function of (seed, step)."""
+        while True:
+            try:
+                return place, show(self.rows[place])
+            except Skip:
+                self.check()
+                place = int(rng.integers(len(self.rows)))
+
+    def pictures(self, places: Sequence[int]) -> tuple[list[int], Tensor | None]:
+        """Those of the places whose pictures can be used, and the pictures, (n, 3, H, W) uint8; None for none."""
+        images = {}
+        for place in places:
+            try:
+                images[place] = self.picture(self.rows[place])
+            except Skip:
+                self.check()
+        return list(images), stack_images(list(images.values())) if images else None
 
     def iterate(self, start: int, stop: int) -> Iterator[Batch]:
         """Batches `start` … `stop` - 1, a few made ahead by threads."""

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,15 +26,15 @@ from cutline.errors import ConfigError, DataError
 from cutline.record import Result, fingerprint
 from cutline.train.device import device_of
 from cutline.transfer.batches import stack_images
-from cutline.transfer.data import DenseData, Sample, open_data
+from cutline.transfer.data import DenseData, Sample, Split, open_data
 from cutline.transfer.finetune import finetune, still_features
 from cutline.transfer.metrics import Hits
-from cutline.transfer.model import Transferred
+from cutline.transfer.model import Headed
 from cutline.transfer.options import SplitName, TransferConfig, autocast, seeded
 from cutline.transfer.prepared import Prepared, encoder_of
 from cutline.transfer.probes import AttentiveProbe, CosineProbe, LinearProbe, NeighbourProbe
 from cutline.transfer.run import run
-from cutline.transfer.scoring import grouped, protocol, read_along, scored_rows, shown
+from cutline.transfer.scoring import grouped, protocol, read_along, scored_part, shown
 from cutline.transfer.views import WHOLE, Square, Views, stack_views
 
 CUT = (0.35, 1.0)  # share of the area that a random crop keeps, when fine-tuning and not given
@@ -98,7 +99,7 @@ class ClassifyConfig(TransferConfig):
         return self.lr or (LR_FROZEN if self.frozen else LR)
 
 
-class Classifier(Transferred):
+class Classifier(Headed):
     """Logits (B, K) of normalised test or training views (B, 3, size, size); for knn the logs of the votes.
 
     The config has its size filled in. pictures: training pictures that knn keeps.
@@ -165,7 +166,6 @@ def fit(
     start, opened = encoder_of(encoder, config), open_data(data, "classify")
     config = _filled(config, start.size)
     prepared = Prepared(config, opened)
-    _check_rows(prepared, opened)
     # The neighbours' config keeps its open steps: nothing is trained, and nothing of it is in the protocol.
     config = config if config.head == "knn" else prepared.config
     with seeded(config):
@@ -175,11 +175,12 @@ def fit(
             prepared.split, prepared.rows, config.batch, config.seed, model.square, scale, config.flip,
             config.operations, config.magnitude, config.erase, (start.mean, start.std),
         )  # fmt: skip
+        views.check = partial(_check_skipped, prepared.split, opened)
         if config.head == "knn":
             _remember(model, views)
         else:
             finetune(model, prepared, views, _loss(config.smoothing), out, resume)
-    model.labels, model.skipped = len(prepared.rows), prepared.skipped
+    model.labels, model.skipped = prepared.split.counts()
     return model
 
 
@@ -196,15 +197,20 @@ def _filled(config: ClassifyConfig, size: int) -> ClassifyConfig:
     return config.model_copy(update=known)
 
 
-def _check_rows(prepared: Prepared[ClassifyConfig], data: DenseData) -> None:
-    """Raise `DataError` if a class has lost all its training pictures because they cannot be read."""
-    labels = prepared.split.labels
+def _check_skipped(split: Split, data: DenseData) -> None:
+    """`Split.check_skipped`; and raise `DataError` once a class has lost all its training pictures."""
+    split.check_skipped()
+    labels = split.labels
     assert labels is not None
-    lost = sorted(set(np.unique(labels[labels >= 0]).tolist()) - set(labels[prepared.rows].tolist()))
-    if lost:
+    of_class = [
+        np.bincount(part[part >= 0], minlength=len(data.classes))
+        for part in (labels, labels[list(split.skipped.copy())])
+    ]
+    lost = np.flatnonzero((of_class[0] > 0) & (of_class[0] == of_class[1]))
+    if len(lost):
         names = ", ".join(repr(data.classes[i]) for i in lost[:5])
         raise DataError(
-            f"{data.spec}: of the {len(prepared.rows)} training pictures that can be read none is of {names}. "
+            f"{data.spec}: of the {len(split)} training pictures none that can be read is of {names}. "
             "Put the broken ones right, or raise labels."
         )
 
@@ -222,7 +228,8 @@ def _remember(model: Classifier, views: Views) -> None:
     assert features is not None
     assert labels is not None
     assert isinstance(head, NeighbourProbe)
-    head.fill(features[0][0], torch.from_numpy(labels[views.rows]))
+    known = [row for row in views.rows if row not in views.split.skipped]
+    head.fill(features[0][0][known], torch.from_numpy(labels[known]))
 
 
 def score(model: Classifier, data: str | DenseData, split: SplitName | None = None) -> Result:
@@ -232,14 +239,14 @@ def score(model: Classifier, data: str | DenseData, split: SplitName | None = No
     opened = open_data(data, "classify")
     if opened.classes != model.classes:
         raise DataError(f"{opened.spec} has other classes than the model was trained on ({', '.join(model.classes)}).")
-    part, rows, skipped = scored_rows(config, opened)
+    part = scored_part(config, opened)
     device, hits = next(model.parameters()).device, Hits(len(model.classes))
     model.eval()
 
     def view(sample: Sample) -> Sample:
         return replace(sample, image=model.square(sample.image))
 
-    for samples in grouped(read_along(part, rows, view), config.batch):
+    for samples in grouped(read_along(part, view), config.batch):
         truth = torch.tensor([int(s.target) for s in samples], device=device)
         hits.update(model.logits(stack_images([s.image for s in samples])), truth)
     hits.join()
@@ -247,7 +254,7 @@ def score(model: Classifier, data: str | DenseData, split: SplitName | None = No
     return Result(
         metrics=hits.scores(),
         per_class={"accuracy": {name: value for name, value in accuracy.items() if value == value}},  # NaN: none there
-        protocol=protocol("classify", config, opened, model, len(rows), skipped, classes=fingerprint(model.classes)),
+        protocol=protocol("classify", config, opened, model, *part.counts(), classes=fingerprint(model.classes)),
         seconds=time.monotonic() - begun,
     )
 

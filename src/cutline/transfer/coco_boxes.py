@@ -18,6 +18,7 @@ from cutline.record import fingerprint, hash_files
 from cutline.transfer import objects
 from cutline.transfer.data import DenseData, Task
 from cutline.transfer.objects import Listed, Tidy
+from cutline.transfer.targets import header_size
 
 SPLITS = ("train", "val", "test")
 Files = Mapping[str, tuple[Path, Path]]  # split → its JSON and the folder of its pictures
@@ -107,7 +108,7 @@ def _listed(path: Path, content: dict[str, Any], folder: Path, ids: Mapping[int,
         for image in content["images"]:
             file = folder / image["file_name"]
             known = image.get("height"), image.get("width")
-            pictures[image["id"]] = Listed(file, (known[0], known[1]) if all(known) else objects.header_size(file))
+            pictures[image["id"]] = Listed(file, (known[0], known[1]) if all(known) else header_size(file))
     except (KeyError, TypeError) as e:
         raise DataError(f'{path}: every picture needs an "id" and a "file_name", and one gave {e!r}.') from e
     for i, found in enumerate(content["annotations"]):

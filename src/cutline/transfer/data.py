@@ -9,8 +9,8 @@
     coco:PATH, voc:PATH, folder:PATH    objects in COCO's JSON and VOC's XML for "detect", see `coco_boxes`, `voc_boxes`
 
 A kind is one module with `open(rest, task) -> DenseData`. Pictures are decoded when first needed and kept while they
-fit in `CACHE_BYTES`. One that cannot be used (broken, no mask, wrong size, labels out of range) raises `Skip`; `usable`
-counts and reports those, and stops above `SKIP_SHARE`.
+fit in `CACHE_BYTES`. One that cannot be used (broken, no mask, wrong size, labels out of range) raises `Skip`; those are
+left out, counted and told, and more than `SKIP_SHARE` of them stop what is done (see `Split`).
 """
 
 import difflib
@@ -19,16 +19,16 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cutline.errors import DataError
-from cutline.objectives.gather import world
+from cutline.objectives.gather import of_all, world
 from cutline.progress import progress
 
 Task = Literal["segment", "depth", "classify", "detect", "zeroshot"]
@@ -37,6 +37,10 @@ CLASS_KINDS = ("cifar", "imagefolder", "webdataset", "pairs", "scenes")  # of "c
 OBJECTS = {"coco": "coco_boxes", "folder": "folder", "scenes": "scenes", "voc": "voc_boxes"}  # of "detect": modules
 CACHE_BYTES = 1 << 30  # decoded pictures of one split kept in memory, however many there are
 SKIP_SHARE = 0.1
+THREADS = min(8, os.cpu_count() or 1)  # that read
+A = TypeVar("A")
+B = TypeVar("B")
+Size = tuple[int, int]  # height, width
 
 
 class Skip(DataError):
@@ -64,6 +68,13 @@ class Split:
     """One part of a data set: a list of keys and a function that reads the i-th sample or raises `Skip`.
 
     labels: the class of each row, -1 where it has none; None where pictures have no class, or it is known when read.
+    size: (height, width) of a row's picture without decoding it, or None where that cannot be told; by default it is read.
+    keep: what is read, in memory.
+
+    Nothing is decoded before it is needed, and nothing is tried out before training: that would take minutes for ADE20K
+    and half an hour for ImageNet. A training or a scoring is of a `part`, which keeps in `skipped` what turned out not to
+    be usable: training shows another picture in its place (`Batches.shown`), a score leaves it out, and both stop once
+    it is too much (`check_skipped`) and tell and record how much it was (`counts`).
     """
 
     def __init__(
@@ -72,69 +83,104 @@ class Split:
         keys: Sequence[str],
         read: Callable[[int], Sample],
         labels: NDArray[np.int64] | None = None,
+        size: Callable[[int], Size | None] | None = None,
+        keep: bool = True,
     ) -> None:
         self.name, self.keys, self.labels = name, list(keys), labels
-        self._read = read
-        self.sizes: dict[int, tuple[int, int]] = {}  # (height, width) of the rows read so far
+        self._read, self._size, self._room = read, size, CACHE_BYTES if keep else 0
+        self.skipped: dict[int, Skip] = {}  # by row, of those read so far
+        self._told = 0
         self._cache: dict[int, Sample] = {}
-        self._bytes = 0
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def part(self, rows: Sequence[int]) -> "Split":
-        """Some of its rows, as a split of that name."""
+        """Some of its rows, as a split of that name which has skipped nothing yet. What is read is kept here alone."""
         labels = None if self.labels is None else self.labels[list(rows)]
-        return Split(self.name, [self.keys[r] for r in rows], lambda i: self.read(rows[i]), labels)
+        keys, size = [self.keys[r] for r in rows], lambda i: self.size(rows[i])
+        return Split(self.name, keys, lambda i: self.read(rows[i]), labels, size, keep=False)
 
     def read(self, row: int, keep: bool = True) -> Sample:
         """The sample, from memory if it is there; raises `Skip`. Thread-safe. keep: for another time, if there is room."""
         if (cached := self._cache.get(row)) is not None:
             return cached
-        sample = self._read(row)
-        if not keep:
-            return sample
+        if (problem := self.skipped.get(row)) is not None:
+            raise problem.with_traceback(None)
+        try:
+            sample = self._read(row)
+        except Skip as e:
+            self.skipped[row] = e
+            raise
         size = sample.image.nbytes + sample.target.nbytes
-        self.sizes[row] = (sample.image.shape[0], sample.image.shape[1])
         with self._lock:
-            if self._bytes + size <= CACHE_BYTES and row not in self._cache:
+            if keep and size <= self._room and row not in self._cache:
                 self._cache[row] = sample
-                self._bytes += size
+                self._room -= size
         return sample
 
-    def usable(self, rows: Sequence[int]) -> tuple[list[int], Counter[str]]:
-        """Those of `rows` that can be read, in order, and the others counted by reason (and told on stderr).
-
-        Raises `DataError` when more than `SKIP_SHARE` of them cannot be used.
-        """
-        return sorted_out(self.name, rows, self.problems(rows))
-
-    def problems(self, rows: Sequence[int]) -> list[Skip | None]:
-        """Of each row what is wrong with it, or None."""
-
-        def attempt(row: int) -> Skip | None:
-            try:
-                self.read(row)
-            except Skip as e:
-                return e
+    def size(self, row: int) -> Size | None:
+        """(height, width) of a picture, from its header where there is one; None if that cannot be read."""
+        if self._size is not None:
+            return self._size(row)
+        try:
+            return self.read(row).image.shape[:2]
+        except Skip:
             return None
 
-        with (
-            ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-            progress(f"reading {self.name}", len(rows), "pictures", world()[0] == 0) as tick,
-        ):
-            found: list[Skip | None] = []
-            for problem in pool.map(attempt, rows):
-                found.append(problem)
-                tick()
-        return found
+    def sizes(self) -> set[Size]:
+        """(height, width) of all its pictures, without those that cannot be read."""
+        found = by_threads(self.size, range(len(self)), f"sizes of {self.name}", "pictures")
+        return {size for size in found if size is not None}
+
+    def usable(self, wanted: Callable[[Sample], bool] = lambda sample: True) -> list[int]:
+        """The rows that can be used and for which `wanted` holds: all of them are read."""
+
+        def suits(row: int) -> bool:
+            try:
+                return wanted(self.read(row))
+            except Skip:
+                self.check_skipped()
+                return False
+
+        found = by_threads(suits, range(len(self)), f"reading {self.name}", "pictures")
+        return [row for row, fits in enumerate(found) if fits]
+
+    def samples(self) -> Iterator[Sample]:
+        """Those that can be used, in order, read when asked for."""
+        for row in range(len(self)):
+            try:
+                yield self.read(row)
+            except Skip:
+                self.check_skipped()
+
+    def check_skipped(self) -> None:
+        """Raise `DataError` once more than `SKIP_SHARE` of the rows turned out not to be usable."""
+        if len(self.skipped) > SKIP_SHARE * len(self):
+            tell_skipped(self.name, list(self.skipped.copy().values()), len(self))
+
+    def counts(self) -> tuple[int, int]:
+        """How many rows are usable as far as is known, and how many are not, on all processes together.
+
+        Tells on stderr of the latter where they are more than when last told. Raises `DataError` as `check_skipped`.
+        """
+        own = [(row, e.reason, str(e)) for row, e in self.skipped.copy().items()]  # threads may be reading ahead
+        for found in of_all(own):
+            self.skipped |= {row: Skip(*said) for row, *said in found}
+        bad = [self.skipped[row] for row in sorted(self.skipped)]
+        if len(bad) > self._told:
+            self._told = len(bad)
+            tell_skipped(self.name, bad, len(self))
+        return len(self) - len(bad), len(bad)
 
 
-def sorted_out(name: str, rows: Sequence[int], problems: Sequence[Skip | None]) -> tuple[list[int], Counter[str]]:
-    """Those of `rows` that can be used, and the others counted by reason, as `tell_skipped` does."""
-    counts = tell_skipped(name, [p for p in problems if p is not None], len(rows))
-    return [row for row, problem in zip(rows, problems, strict=True) if problem is None], counts
+def by_threads(look: Callable[[A], B], items: Sequence[A], label: str, unit: str) -> Iterator[B]:
+    """`look` of every item, in order, by threads, with progress."""
+    with ThreadPoolExecutor(THREADS) as pool, progress(label, len(items), unit) as tick:
+        for found in pool.map(look, items):
+            yield found
+            tick()
 
 
 def tell_skipped(name: str, bad: Sequence[Skip], total: int) -> Counter[str]:

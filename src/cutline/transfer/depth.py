@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from cutline.errors import DataError
+from cutline.errors import ConfigError, DataError
 from cutline.objectives.gather import together
 from cutline.record import Result
 from cutline.transfer import heads, pyramid
@@ -32,10 +33,11 @@ from cutline.transfer.model import Dense, by_shape
 from cutline.transfer.options import DenseConfig, SplitName, default_channels, look, seeded
 from cutline.transfer.prepared import PreparedDense, encoder_of
 from cutline.transfer.run import run
-from cutline.transfer.scoring import protocol, read_along, scored_rows, shown
+from cutline.transfer.scoring import protocol, read_along, scored_part, shown
 
 # From a median that is no number of metres to a likely one: millimetres, KITTI's PNG, kilometres.
 FACTORS = {"0.001": 0.001, "1/256": 1 / 256, "1000": 1000.0}
+SCALES, EPSILON = (1, 2, 4, 6), 1e-3  # of `gradient_loss`
 
 
 class MetresConfig(DenseConfig):
@@ -43,14 +45,15 @@ class MetresConfig(DenseConfig):
 
     max_depth, min_depth: metres; readings outside do not count in training or test, and predictions are kept inside;
     max_depth by default the data's (12 for scenes), else 10. eval_crop: part of the picture that counts: "eigen"
-    (NYUv2, 480x640) or "garg" (KITTI). variance: λ of the loss. cutdepth: share of the training pictures a strip of
-    whose depth is pasted in (`CutDepth`).
+    (NYUv2, 480x640) or "garg" (KITTI). variance: λ of the loss. gradient: weight of `gradient_loss` beside it.
+    cutdepth: share of the training pictures a strip of whose depth is pasted in (`CutDepth`).
     """
 
     max_depth: float | None = Field(None, gt=0)
     min_depth: float = Field(1e-3, gt=0)
     eval_crop: Literal["none", "eigen", "garg"] = "none"
     variance: float = Field(0.5, ge=0, le=1)
+    gradient: float = Field(0.0, ge=0)
     cutdepth: float = Field(0.0, ge=0, le=1)
 
     @model_validator(mode="after")
@@ -70,7 +73,7 @@ class DepthConfig(MetresConfig):
 
     channels: width of the head, default by the encoder's width. deconvolutions, filters: of the deconv head. bins, layers,
     upsample: of the linear head; layers 1 or 4, the encoder's last map or four ("lin. 1" and "lin. 4" of DINOv2), upsample
-    4 there.
+    4 there. class_token: laid beside every cell that the linear head reads, or read by DPT's "project".
 
     The papers' settings are recipes/transfer/{nyuv2,kitti}-*.yaml.
     """
@@ -83,9 +86,12 @@ class DepthConfig(MetresConfig):
     bins: int = Field(256, ge=2)
     layers: Literal[1, 4] = 1
     upsample: int = Field(1, ge=1, le=8)
+    class_token: bool = False
 
     @model_validator(mode="after")
     def _probe(self) -> "DepthConfig":
+        if self.class_token and self.head == "deconv":
+            raise ValueError("class_token is of head=linear and head=dpt, not deconv: leave it out")
         if self.head != "linear" and (self.layers, self.upsample) != (1, 1):
             raise ValueError(f"layers and upsample are of head=linear, not {self.head}: leave them out")
         return self
@@ -120,12 +126,14 @@ class DepthEstimator(DepthModel):
     def __init__(self, encoder: Any, config: DepthConfig) -> None:
         strides, widths = encoder.strides, encoder.channels
         channels = config.channels or default_channels(widths[-1])
-        levels: pyramid.Pyramid = pyramid.LastMap(strides, widths, config.layers)
+        if config.class_token and not encoder.class_token:
+            raise ConfigError(f"class_token=true, and {encoder.name} has no class token. Leave class_token out.")
+        levels: pyramid.Pyramid = pyramid.LastMap(strides, widths, config.layers, config.class_token)
         head: torch.nn.Module
         if config.head == "linear":
             head = heads.BinsHead(sum(levels.channels), config.bins, config.min_depth, config.top, config.upsample)
         elif config.head == "dpt":
-            levels = pyramid.Reassemble(encoder.patch, strides, widths)
+            levels = pyramid.Reassemble(encoder.patch, strides, widths, config.class_token)
             head = heads.DPTHead(levels.channels, channels, config.top)
         else:
             head = heads.DeconvHead(
@@ -141,6 +149,24 @@ def silog(predicted: Tensor, truth: Tensor, valid: Tensor, variance: float = 0.5
     d = predicted[valid].log() - truth[valid].log()
     # The floor keeps the root's gradient finite at a perfect fit.
     return (d.square().mean() - variance * d.mean().square()).clamp_min(1e-12).sqrt()
+
+
+def gradient_loss(predicted: Tensor, truth: Tensor, valid: Tensor) -> Tensor:
+    """Σ_s (Σ |d[i + 2, j] - d[i, j]| + Σ |d[i, j + 2] - d[i, j]|) / N_s of depth maps (B, H, W), valid (B, H, W) bool.
+
+    d = log(predicted + 1e-3) - log(truth + 1e-3) at every s-th pixel, s = 1, 2, 4, 6; differences of two valid pixels
+    count, and N_s are the valid pixels. MegaDepth's (1804.00607) as DINOv2 and DINOv3 have it. DINOv3's code takes
+    differences along rows and columns, as here; DINOv2's (losses/gradientloss.py) along pictures and channels, which is 0
+    for batches of two.
+    """
+    d = (predicted + EPSILON).log() - (truth + EPSILON).log()
+    total = predicted.new_zeros(())
+    for s in SCALES:
+        part, kept = d[:, ::s, ::s], valid[:, ::s, ::s]
+        rows = (part[:, 2:] - part[:, :-2]).abs() * (kept[:, 2:] & kept[:, :-2])
+        columns = (part[:, :, 2:] - part[:, :, :-2]).abs() * (kept[:, :, 2:] & kept[:, :, :-2])
+        total = total + (rows.sum() + columns.sum()) / kept.sum().clamp_min(1)
+    return total
 
 
 def fit(
@@ -162,14 +188,15 @@ def fit(
     check_readings(prepared, opened.spec)
 
     def loss(output: Tensor, target: Tensor) -> Tensor:
-        valid = (target > config.min_depth) & (target <= config.top)
-        return silog(output[:, 0].clamp_min(1e-6), target, valid, config.variance)
+        valid, metres = (target > config.min_depth) & (target <= config.top), output[:, 0].clamp_min(1e-6)
+        value = silog(metres, target, valid, config.variance)
+        return value + config.gradient * gradient_loss(metres, target, valid) if config.gradient else value
 
     with seeded(config):
         model = build(start, prepared.config)
         paste = CutDepth(config.cutdepth, config.top) if config.cutdepth else None
         finetune(model, prepared, prepared.batches(start.mean, 0, paste), loss, out, resume)
-    model.labels, model.skipped = len(prepared.rows), prepared.skipped
+    model.labels, model.skipped = prepared.split.counts()
     return model
 
 
@@ -178,7 +205,7 @@ def check_readings(prepared: PreparedDense[Any], spec: str) -> None:
 
     A median so far from metres that the unit is likely wrong is told on stderr.
     """
-    readings = np.concatenate([t[t > 0] for t in (prepared.split.read(r).target for r in prepared.rows[:16])])
+    readings = np.concatenate([s.target[s.target > 0] for s in islice(prepared.split.samples(), 16)])
     low, high, median = prepared.config.min_depth, prepared.config.top, float(np.median(readings))
     hint = f"The median is {median:.4g} m."
     likely = [name for name, f in FACTORS.items() if 0.3 <= median * f <= 50]
@@ -213,11 +240,11 @@ def score(model: DepthModel, data: str | DenseData, split: SplitName | None = No
     begun = time.monotonic()
     config = model.config.model_copy(update={"split": split or model.config.split})
     opened = open_data(data, "depth")
-    part, rows, skipped = scored_rows(config, opened)
+    part = scored_part(config, opened)
     device, view, errors = next(model.parameters()).device, look(config), DepthErrors()
     model.eval()
     with together():
-        for images, targets in by_shape(((s.image, s.target) for s in read_along(part, rows)), config.batch):
+        for images, targets in by_shape(((s.image, s.target) for s in read_along(part)), config.batch):
             for predicted, target in zip(model.clamp(view(model, images))[:, 0], targets, strict=True):
                 truth = torch.from_numpy(target).to(device)
                 errors.update(predicted, truth, counted(truth, config))
@@ -230,7 +257,7 @@ def score(model: DepthModel, data: str | DenseData, split: SplitName | None = No
     settings = {"average": "pictures", "alignment": "none", **model.notes}
     return Result(
         metrics=errors.scores(),
-        protocol=protocol("depth", config, opened, model, errors.pictures, skipped, **settings),
+        protocol=protocol("depth", config, opened, model, errors.pictures, part.counts()[1], **settings),
         seconds=time.monotonic() - begun,
     )
 

@@ -24,9 +24,9 @@ from cutline.transfer.detector import Detector
 from cutline.transfer.jitter import ObjectBatch, ObjectBatches
 from cutline.transfer.loop import train
 from cutline.transfer.options import SplitName, TransferConfig, default_channels, rising, seeded
-from cutline.transfer.prepared import Prepared, encoder_of, mean_colour
+from cutline.transfer.prepared import Prepared, encoder_of, mean_colour, readable_sizes
 from cutline.transfer.run import run
-from cutline.transfer.scoring import grouped, protocol, read_along, scored_rows, shown
+from cutline.transfer.scoring import grouped, protocol, read_along, scored_part, shown
 
 LARGEST = 1024  # long side when not given: ViTDet's
 SMALLEST = 102  # pixels of a side below which default jitter makes no picture: ViTDet's tenth of 1024
@@ -88,10 +88,9 @@ class PreparedDetect(Prepared[DetectConfig]):
         super().__init__(config, data)
         if config.masks and not data.notes["masks"]:
             raise DataError(f"masks=true, and {data.spec} has no masks of its objects. Leave masks out.")
-        if not any(len(self.split.read(r).target) for r in self.rows):
+        if not any(len(sample.target) for sample in self.split.samples()):
             raise DataError(f"{data.spec}: none of the {len(self.rows)} training pictures has an object.")
-        largest = max(max(self.split.sizes[r]) for r in self.rows)
-        size = config.size or min(LARGEST, -(-largest // MULTIPLE) * MULTIPLE)
+        size = config.size or min(LARGEST, -(-max(map(max, readable_sizes(self.split))) // MULTIPLE) * MULTIPLE)
         channels = config.channels or min(256, default_channels(width))
         self.warmup = min(WARMUP, self.steps // 20) if config.warmup is None else config.warmup
         self.config = self.config.model_copy(
@@ -132,7 +131,7 @@ def fit(
             return total
 
         train(model, prepared, cast(Any, batches.iterate), loss, out, resume)
-    model.labels, model.skipped = len(prepared.rows), prepared.skipped
+    model.labels, model.skipped = prepared.split.counts()
     return model
 
 
@@ -143,16 +142,16 @@ def score(model: Detector, data: str | DenseData, split: SplitName | None = None
     opened = open_data(data, "detect")
     if opened.classes != model.classes:
         raise DataError(f"{opened.spec} has other classes than the model was trained on ({', '.join(model.classes)}).")
-    part, rows, skipped = scored_rows(config, opened)
+    part = scored_part(config, opened)
     scores = AveragePrecision(model.classes, model.masks and opened.notes["masks"])
-    for samples in grouped(read_along(part, rows), config.batch):
+    for samples in grouped(read_along(part), config.batch):
         for sample, found in zip(samples, model.predict([s.image for s in samples]), strict=True):
             scores.update(sample.target, found)
     scores.join()
     return Result(
         metrics=scores.scores(),
         per_class=scores.by_class(),
-        protocol=protocol("detect", config, opened, model, len(rows), skipped, classes=fingerprint(model.classes)),
+        protocol=protocol("detect", config, opened, model, *part.counts(), classes=fingerprint(model.classes)),
         seconds=time.monotonic() - begun,
     )
 

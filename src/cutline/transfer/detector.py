@@ -81,9 +81,7 @@ class Detector(Pyramidal):
         )
         self.train()
 
-    def forward(  # type: ignore[override]  # pictures of many sizes, and losses, as torchvision's detectors
-        self, images: Sequence[Tensor], targets: list[dict[str, Tensor]] | None = None
-    ) -> Any:
+    def forward(self, images: Sequence[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
         """Pictures (3, H, W) in 0 … 1, of any sizes, to losses by name in training mode, which needs `targets` as
         `jitter.ObjectBatch` has them, and else to a dict for each picture: boxes (N, 4), labels (N,) from 1 on, scores
         (N,), highest first, and masks (N, 1, H, W) in 0 … 1."""

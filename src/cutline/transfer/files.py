@@ -3,9 +3,7 @@
 A row is a picture and its target. Nothing is decoded here before it is read; the contents of all files are hashed.
 """
 
-import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,11 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cutline.errors import DataError
-from cutline.progress import progress
 from cutline.record import combine, digest, fingerprint
-from cutline.transfer.data import DenseData, Sample, Skip, Split, Task
+from cutline.transfer.data import DenseData, Sample, Size, Skip, Split, Task, by_threads
 from cutline.transfer.metrics import IGNORE
-from cutline.transfer.targets import MASKS, PICTURES, read_image
+from cutline.transfer.targets import MASKS, PICTURES, header_size, read_image
 
 Read = Callable[[Path], NDArray[Any]]
 Cut = Callable[[NDArray[Any]], NDArray[Any]]
@@ -189,17 +186,14 @@ def split(name: str, rows: Sequence[Row], read_target: Read, cut: Cut | None = N
             raise Skip("target empty", f"{row.target} has no labelled pixel.")
         return Sample(row.key, image, values)
 
-    return Split(name, [r.key for r in rows], read)
+    def size(index: int) -> Size | None:
+        found = header_size(rows[index].picture)
+        return found if cut is None or found is None else cut(np.broadcast_to(np.uint8(0), found)).shape[:2]
+
+    return Split(name, [r.key for r in rows], read, size=size)
 
 
 def _contents(files: Sequence[Path]) -> str:
     """Hash of names and contents, as `record.hash_files` gives it; a file that is not there counts by its name."""
-    with (
-        ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool,
-        progress("hashing the data", len(files), "files") as tick,
-    ):
-        digests = []
-        for found in pool.map(lambda p: digest(p) if p.is_file() else b"", files):
-            digests.append(found)
-            tick()
+    digests = by_threads(lambda p: digest(p) if p.is_file() else b"", files, "hashing the data", "files")
     return combine(zip(files, digests, strict=True))

@@ -16,7 +16,7 @@ from cutline.progress import progress
 from cutline.train.device import device_of
 from cutline.transfer.batches import Batch, Batches, ahead
 from cutline.transfer.loop import train
-from cutline.transfer.model import Transferred
+from cutline.transfer.model import Headed
 from cutline.transfer.options import TransferConfig, autocast
 from cutline.transfer.prepared import Prepared
 
@@ -26,7 +26,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]  # (output float32, targets of the bat
 
 
 def finetune(
-    model: Transferred, prepared: Prepared[Any], batches: Batches, loss: Loss, out: Path | None, resume: bool = False
+    model: Headed, prepared: Prepared[Any], batches: Batches, loss: Loss, out: Path | None, resume: bool = False
 ) -> None:
     """`train` by a loss of outputs and targets, with the features of a frozen encoder computed once where they can be."""
     config: TransferConfig = prepared.config
@@ -46,7 +46,7 @@ def finetune(
 
 
 def _outputs(
-    model: Transferred, batch: Batch, cache: list[Tensor] | None, size: tuple[int, int]
+    model: Headed, batch: Batch, cache: list[Tensor] | None, size: tuple[int, int]
 ) -> list[tuple[float, Tensor]]:
     device = next(model.parameters()).device
     if cache is None:
@@ -58,29 +58,29 @@ def _outputs(
 
 @torch.no_grad()
 def still_features(
-    model: Transferred, batches: Batches, config: TransferConfig, mirrored: bool, limit: float
+    model: Headed, batches: Batches, config: TransferConfig, mirrored: bool, limit: float
 ) -> list[Tensor] | None:
     """Features of every training picture as it is, and mirrored if asked for, (1 or 2, N, …) each.
 
-    None if they would take more than `limit` bytes.
+    Zeros for one that cannot be used, which no batch shows. None if they would take more than `limit` bytes.
     """
     device, cast = device_of(config.device), autocast(config)
-    sides, rows = 2 if mirrored else 1, batches.rows
-    parts = [rows[first : first + config.batch] for first in range(0, len(rows), config.batch)]
+    sides, count = 2 if mirrored else 1, len(batches.rows)
+    parts = [range(first, min(first + config.batch, count)) for first in range(0, count, config.batch)]
     store: list[Tensor] = []
-    with progress("features of the frozen encoder", len(rows), "pictures", world()[0] == 0) as tick:
-        done = 0
-        for images in ahead(batches.pictures, parts, batches.threads):
+    with progress("features of the frozen encoder", count, "pictures", world()[0] == 0) as tick:
+        for places, images in ahead(batches.pictures, parts, batches.threads):
+            if images is None:
+                continue
             x = model.normalise(images.to(device, non_blocking=True))
             for flip in range(sides):
                 with cast():
                     maps = model.features(x.flip(3) if flip else x)
                 if not store:
-                    if sides * len(rows) * sum(m[0].nbytes for m in maps) > limit:
+                    if sides * count * sum(m[0].nbytes for m in maps) > limit:
                         return None
-                    store = [m.new_empty((sides, len(rows), *m.shape[1:])) for m in maps]
+                    store = [m.new_zeros((sides, count, *m.shape[1:])) for m in maps]
                 for kept, m in zip(store, maps, strict=True):
-                    kept[flip, done : done + len(m)] = m
-            done += len(images)
+                    kept[flip, places] = m
             tick(len(images))
     return store

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cutline.errors import DataError
-from cutline.transfer.data import DenseData, Task
+from cutline.transfer.data import DenseData, Task, by_threads
 from cutline.transfer.files import Row, build, names_in, paired, parse, scale_of
 from cutline.transfer.targets import DEPTHS, MASKS, label_table, read_depth, read_index, read_mask
 
@@ -74,10 +74,12 @@ def _classes(root: Path, ignored: set[int], masks: list[Path | None]) -> tuple[l
 
 
 def _largest(masks: list[Path], ignored: set[int]) -> int:
-    largest = -1
-    for path in masks:
+    """The largest label of all masks, which have to be read for it."""
+
+    def largest(path: Path) -> int:
         try:
-            largest = max([largest, *(set(np.unique(read_index(path)).tolist()) - ignored)])
+            return int(max({-1, *np.unique(read_index(path)).tolist()} - ignored))
         except Exception:
-            continue  # counted when the sample is read
-    return largest
+            return -1  # counted when the sample is read
+
+    return max(by_threads(largest, masks, "labels of train", "masks"), default=-1)

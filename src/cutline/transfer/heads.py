@@ -157,8 +157,7 @@ class BinsHead(nn.Module):
 
     Depth is the mean of the bins' centres weighted by relu(logit) + 0.1, normalised. Maps are concatenated at the size
     of the first. DINOv2 enlarges features by `upsample` 4 before the 1x1; enlarging logits gives the same and costs
-    less. It has no batch norm here (DINOv3 has one as an option), and the class token beside every patch, which is left
-    out. Output (B, 1, upsample · h, upsample · w) in metres.
+    less. It has no batch norm here (DINOv3 has one as an option). Output (B, 1, upsample · h, upsample · w) in metres.
     """
 
     centres: Tensor

@@ -35,7 +35,7 @@ class ObjectBatches(Batches):
     """`Batches` of pictures with objects."""
 
     def make(self, step: int) -> ObjectBatch:  # type: ignore[override]
-        drawn = [(self.split.read(self.rows[place]), rng) for place, rng in self.drawn(step)]
+        drawn = [(self.shown(place, rng, self.split.read)[1], rng) for place, rng in self.drawn(step)]
         samples = [sample for sample, _ in drawn]
         images, targets = zip(*(jitter(sample, self.how, rng) for sample, rng in drawn))
         return ObjectBatch(torch.stack(images), list(targets), [s.key for s in samples])

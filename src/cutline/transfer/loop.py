@@ -27,6 +27,7 @@ from cutline.train import checkpoint
 from cutline.train.device import device_of
 from cutline.train.metrics import cut_metrics
 from cutline.train.optim import param_groups, schedule, set_lr
+from cutline.transfer.data import Skip
 from cutline.transfer.model import Transferred
 from cutline.transfer.options import NO_NUMBER, TransferConfig
 from cutline.transfer.prepared import Prepared
@@ -124,7 +125,7 @@ class _Run:
         if device.type == "cuda":
             torch.cuda.set_device(device)  # whose random numbers checkpoints keep
         model.to(device).train()
-        self.model, self.config, self.lr = model, config, config.lr
+        self.model, self.config, self.lr, self.split = model, config, config.lr, prepared.split
         self.steps, self.warmup = prepared.steps, prepared.warmup
         self.checkpoints = (out or Path()) / "checkpoints"
         groups = param_groups(
@@ -188,7 +189,9 @@ class _Run:
 
     def _progress(self) -> dict[str, Any]:
         seconds = self.seconds + time.monotonic() - self.begun
-        return {"progress": {"step": self.done, "bad": self.bad, "seconds": seconds, "name": self.name}}
+        skipped = json.dumps([(row, e.reason, str(e)) for row, e in sorted(self.split.skipped.copy().items())])
+        known = {"step": self.done, "bad": self.bad, "seconds": seconds, "name": self.name, "skipped": skipped}
+        return {"progress": known}
 
     def same_on_all(self) -> None:
         """Give all processes the first one's buffers: averages of batch norms that only see their own share."""
@@ -199,6 +202,7 @@ class _Run:
 
     def save(self) -> None:
         self.same_on_all()
+        self.split.counts()
         state = checkpoint.training_state(self.model, self.optimiser, self.average, **self._progress())
         checkpoint.save(self.checkpoints, self.done, state, keep=1)
 
@@ -213,6 +217,7 @@ class _Run:
                 "or start anew without --resume."
             )
         self.done, self.bad, self.seconds = state["step"], state["bad"], state["seconds"]
+        self.split.skipped |= {row: Skip(*said) for row, *said in json.loads(state["skipped"])}
 
 
 class _Log:

@@ -19,10 +19,9 @@ from cutline.transfer.pyramid import Pyramid
 
 
 class Transferred(nn.Module):
-    """encoder → features → output; the base of every task's model.
+    """An encoder and what is trained on it; the base of every task's model.
 
     The encoder is copied, so the one given keeps its weights. A frozen one never leaves eval mode and gets no gradient.
-    A task says what the features are (`features`, what can be kept of a frozen encoder) and what follows (`decode`).
     """
 
     def __init__(self, encoder: Any, frozen: bool) -> None:
@@ -57,6 +56,13 @@ class Transferred(nn.Module):
         )
         return (images.float() - mean) / std
 
+
+class Headed(Transferred):
+    """encoder → features → head → output: what is trained by a loss of outputs and targets.
+
+    A task says what the features are (`features`, what can be kept of a frozen encoder) and what follows (`decode`).
+    """
+
     def features(self, images: Tensor) -> list[Tensor]:
         """What is read of the encoder, each (B, …), of normalised pictures (B, 3, H, W)."""
         raise NotImplementedError(type(self).__name__)
@@ -75,7 +81,7 @@ class Transferred(nn.Module):
 
 
 class Pyramidal(Transferred):
-    """encoder → pyramid; the base of `Dense` and of `Detector`."""
+    """encoder → pyramid; the base of all models of dense maps."""
 
     def __init__(self, encoder: Any, pyramid: Pyramid, frozen: bool) -> None:
         super().__init__(encoder, frozen)
@@ -92,16 +98,19 @@ class Pyramidal(Transferred):
         return [m.contiguous(memory_format=torch.channels_last) for m in maps]
 
     def read(self, padded: Tensor) -> list[Tensor]:
-        """The encoder's maps that the pyramid reads."""
-        maps = self.encoder(padded)
-        return [maps[i] for i in self.pyramid.uses]
+        """The encoder's maps that the pyramid reads, and then their class tokens (B, C, 1, 1) if it reads them."""
+        if not self.pyramid.class_token:
+            maps = self.encoder(padded)
+            return [maps[i] for i in self.pyramid.uses]
+        maps, tokens = self.encoder.maps_and_classes(padded)
+        return [maps[i] for i in self.pyramid.uses] + [tokens[i][..., None, None] for i in self.pyramid.uses]
 
     def _padded(self, height: int, width: int) -> tuple[int, int]:
         m = self.pyramid.multiple
         return -(-height // m) * m, -(-width // m) * m
 
 
-class Dense(Pyramidal):
+class Dense(Pyramidal, Headed):
     """encoder → pyramid → head → output at the picture's resolution; the base of `Segmenter` and `DepthEstimator`.
 
     Output (B, C, H, W): logits, or depth in metres.

@@ -91,7 +91,8 @@ def _labelled(spec: str, path: Path, splits: Path, depths: str) -> DenseData:
                 raise Skip("target empty", f"picture {place + 1} of {path} has no reading.")
             return Sample(f"{place:05d}", image, metres)
 
-        return Split(part, [f"{place:05d}" for place in places.tolist()], read)
+        keys = [f"{place:05d}" for place in places.tolist()]
+        return Split(part, keys, read, size=lambda _: (images.shape[3], images.shape[2]))
 
     notes: dict[str, Any] = {"depths": depths}
     contents = fingerprint(hash_files([path, splits]), notes)

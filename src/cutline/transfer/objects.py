@@ -15,12 +15,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from cutline.errors import DataError
-from cutline.transfer.data import SKIP_SHARE, Sample, Skip, Split
+from cutline.transfer.data import SKIP_SHARE, Sample, Size, Skip, Split
 from cutline.transfer.masks import decode
-from cutline.transfer.targets import read_image
+from cutline.transfer.targets import header_size, read_image
 
 SLACK = 1.0  # pixels by which a box may reach beyond its picture untold: rounding of those who drew it
 
@@ -116,15 +115,6 @@ class Tidy:
         return {**self.dropped, **({"box cut": self.cut} if self.cut else {})}
 
 
-def header_size(path: Path) -> tuple[int, int] | None:
-    """(height, width) from a picture's header; None if there is no such picture, which is told when it is read."""
-    try:
-        with Image.open(path) as picture:
-            return picture.height, picture.width
-    except Exception:
-        return None
-
-
 def split(name: str, listed: Sequence[Listed], masks: bool) -> Split:
     """A `Split` of listed pictures; masks: decode them too. A picture without objects is kept: a negative."""
 
@@ -142,7 +132,10 @@ def split(name: str, listed: Sequence[Listed], masks: bool) -> Split:
             )
         return Sample(entry.path.stem, image, _objects(entry, height, width, masks))
 
-    return Split(name, [entry.path.stem for entry in listed], read)
+    def size(row: int) -> Size | None:
+        return listed[row].size or header_size(listed[row].path)
+
+    return Split(name, [entry.path.stem for entry in listed], read, size=size)
 
 
 def _objects(entry: Listed, height: int, width: int, masks: bool) -> Objects:

@@ -2,11 +2,12 @@
 
 from typing import Any, Generic, TypeVar
 
+from cutline.errors import DataError
 from cutline.towers.encoder import Encoder
 from cutline.towers.store import load_encoder
 from cutline.transfer.augment import CutDepth
 from cutline.transfer.batches import Batches, Cut
-from cutline.transfer.data import DenseData, labelled
+from cutline.transfer.data import DenseData, Size, Split, labelled
 from cutline.transfer.options import DenseConfig, TransferConfig, default_channels, look, seeded
 
 EPOCHS, LEAST, MOST = 20, 400, 160_000  # of `steps` when not given
@@ -17,14 +18,16 @@ D = TypeVar("D", bound=DenseConfig)
 
 
 class Prepared(Generic[C]):
-    """A config with its training open no more, the training rows that can be read, and how many could not."""
+    """A config with its training open no more, and the training pictures: a split of those chosen, and its rows.
+
+    Which are chosen does not depend on what turns out not to be usable, so it is the same for every arm.
+    """
 
     def __init__(self, config: C, data: DenseData) -> None:
         data.split(config.split)  # told before training, not after
-        self.split, self.data = data.split("train"), data.fingerprint
-        chosen = labelled(len(self.split), config.labels, config.seed, self.split.labels)
-        self.rows, skipped = self.split.usable(chosen)
-        self.skipped = sum(skipped.values())
+        train, self.data = data.split("train"), data.fingerprint
+        self.split = train.part(labelled(len(train), config.labels, config.seed, train.labels))
+        self.rows = list(range(len(self.split)))
         self.steps = config.steps or min(max(LEAST, EPOCHS * len(self.rows) // config.batch), MOST)
         self.warmup = min(1500, self.steps // 20) if config.warmup is None else config.warmup
         self.config: C = config.model_copy(update={"steps": self.steps, "warmup": self.warmup})
@@ -50,7 +53,7 @@ class PreparedDense(Prepared[D]):
         return Batches(self.split, self.rows, c.batch, c.seed, cut)
 
     def _crop(self, short: int | None) -> tuple[int, int]:
-        sizes = {self.split.sizes[r] for r in self.rows}
+        sizes = readable_sizes(self.split)
         smallest = min(min(s) for s in sizes)
         if len(sizes) == 1:
             height, width = (round(side * (short or smallest) / smallest) for side in sizes.pop())
@@ -58,6 +61,15 @@ class PreparedDense(Prepared[D]):
                 return height, width
         side = min(CROP, short or smallest)
         return side, side
+
+
+def readable_sizes(split: Split) -> set[Size]:
+    """`Split.sizes`; raises `DataError` if there are none."""
+    sizes = split.sizes()
+    if not sizes:
+        split.usable()  # says why
+        raise DataError(f"{split.name} has no picture that can be read.")
+    return sizes
 
 
 def mean_colour(mean: tuple[float, float, float]) -> tuple[int, int, int]:

@@ -11,6 +11,7 @@ Every level halves the one before exactly, so a picture has to be padded to a mu
 import math
 from collections.abc import Sequence
 
+import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
@@ -32,31 +33,44 @@ class Pyramid(nn.Module):
     """Maps of an encoder in, `LEVELS` maps out, finest first.
 
     channels: of each level; multiple: what height and width of a picture must divide by; uses: indices of the encoder's
-    maps that are read.
+    maps that are read; class_token: whether the class token at each of them is read, too.
     """
 
     channels: tuple[int, ...]
     multiple: int
     uses: tuple[int, ...]
+    class_token = False
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The maps named by `uses`, each (B, C, H, W), to levels."""
+        """The maps named by `uses`, each (B, C, H, W), and then their class tokens (B, C, 1, 1) if read, to levels."""
         raise NotImplementedError(type(self).__name__)
 
 
-class LastMap(Pyramid):
-    """No pyramid: the last map alone, or the last few as they are, for linear heads and the deconvolution head."""
+def beside(maps: Sequence[Tensor]) -> list[Tensor]:
+    """Maps (B, C, H, W) and then their class tokens (B, C, 1, 1): each token laid beside every cell, (B, 2C, H, W)."""
+    half = len(maps) // 2
+    return [torch.cat([m, token.expand_as(m)], 1) for m, token in zip(maps[:half], maps[half:], strict=True)]
 
-    def __init__(self, strides: Sequence[int], channels: Sequence[int], layers: int = 1) -> None:
+
+class LastMap(Pyramid):
+    """No pyramid: the last map alone, or the last few as they are, for linear heads and the deconvolution head.
+
+    class_token: beside every cell, as DINOv2's depth probes have it.
+    """
+
+    def __init__(
+        self, strides: Sequence[int], channels: Sequence[int], layers: int = 1, class_token: bool = False
+    ) -> None:
         super().__init__()
         if len(strides) < layers:
             raise ConfigError(f"layers={layers} needs as many maps and the encoder gives {len(strides)}. Use layers=1.")
         self.uses = tuple(range(len(strides) - layers, len(strides)))
-        self.channels = tuple(channels[i] for i in self.uses)
+        self.class_token = class_token
+        self.channels = tuple((1 + class_token) * channels[i] for i in self.uses)
         self.multiple = max(strides)
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        return list(maps)
+        return beside(maps) if self.class_token else list(maps)
 
 
 class SimplePyramid(Pyramid):
@@ -96,11 +110,13 @@ class TapPyramid(Pyramid):
 class Reassemble(Pyramid):
     """DPT's four taps (2103.13413, section 3.1, transformers' layers): 1x1, then one deconvolution or a strided 3x3.
 
-    Channels are an eighth, a quarter, a half and all of a ViT's, DPT's 96, 192, 384, 768 for ViT-B. The class token is
-    left out, the paper's "ignore". Maps of a hierarchical tower (`patch` None) get the 1x1 alone and keep their widths.
+    Channels are an eighth, a quarter, a half and all of a ViT's, DPT's 96, 192, 384, 768 for ViT-B. class_token: read by
+    the paper's "project", a linear layer and GELU on every cell with the token beside it, in place of its "ignore". Maps of a hierarchical tower (`patch` None) get the 1x1 alone and keep their widths.
     """
 
-    def __init__(self, patch: int | None, strides: Sequence[int], widths: Sequence[int]) -> None:
+    def __init__(
+        self, patch: int | None, strides: Sequence[int], widths: Sequence[int], class_token: bool = False
+    ) -> None:
         from transformers import DPTConfig
         from transformers.models.dpt.modeling_dpt import DPTReassembleLayer
 
@@ -111,6 +127,8 @@ class Reassemble(Pyramid):
         powers = exponents(strides[-1]) if patch else (0,) * LEVELS
         own = tuple(widths[i] for i in self.uses)
         self.channels = tuple(max(1, w * 2**k // 2 ** (LEVELS - 1)) for k, w in enumerate(own)) if patch else own
+        self.class_token = class_token
+        self.readouts = nn.ModuleList(nn.Sequential(nn.Conv2d(2 * w, w, 1), nn.GELU()) for w in own if class_token)
         self.levels = nn.ModuleList(
             DPTReassembleLayer(DPTConfig(hidden_size=w), channels=c, factor=2**k)
             for w, c, k in zip(own, self.channels, powers)
@@ -118,6 +136,8 @@ class Reassemble(Pyramid):
         self.multiple = max(strides) * 2 ** max(0, -powers[-1])
 
     def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        if self.class_token:
+            maps = [readout(m) for readout, m in zip(self.readouts, beside(maps), strict=True)]
         return [level(m) for level, m in zip(self.levels, maps)]
 
 

@@ -62,7 +62,7 @@ def _split(name: str, world: Scenes, column: str) -> Split:
         target = found[column].astype(np.int16 if column == "semantic" else np.float32)
         return Sample(found["key"], found["image"], target)
 
-    return Split(name, [f"{name}/{i}" for i in range(len(world))], read)
+    return Split(name, [f"{name}/{i}" for i in range(len(world))], read, size=lambda _: (world.config.size,) * 2)
 
 
 def _objects_split(name: str, world: Scenes, classes: list[str]) -> Split:
@@ -77,7 +77,7 @@ def _objects_split(name: str, world: Scenes, classes: list[str]) -> Split:
             found["key"], found["image"], Objects(found["boxes"][seen], labels[seen], crowd, areas[seen], masks[seen])
         )
 
-    return Split(name, [f"{name}/{i}" for i in range(len(world))], read)
+    return Split(name, [f"{name}/{i}" for i in range(len(world))], read, size=lambda _: (world.config.size,) * 2)
 
 
 class _Singles:

@@ -6,11 +6,11 @@ from typing import Any, TypeVar
 from typing import Protocol as Structure
 
 from cutline.errors import DataError
-from cutline.objectives.gather import of_all, own_share, together, world
+from cutline.objectives.gather import own_share, world
 from cutline.progress import progress
 from cutline.record import Protocol
-from cutline.transfer.batches import THREADS, ahead
-from cutline.transfer.data import DenseData, Sample, Skip, Split, sorted_out
+from cutline.transfer.batches import ahead
+from cutline.transfer.data import THREADS, DenseData, Sample, Skip, Split
 from cutline.transfer.model import Transferred
 from cutline.transfer.options import NO_NUMBER, SplitName, TransferConfig, precision
 
@@ -24,29 +24,34 @@ class Scored(Structure):
     pictures: int | None
 
 
-def scored_rows(config: Scored, data: DenseData) -> tuple[Split, list[int], int]:
-    """The split to score, the rows of it that can be read, and how many were skipped; each process reads its share."""
+def scored_part(config: Scored, data: DenseData) -> Split:
+    """The part of the data to score. Its `counts` tell what was and what could not be, once it was read."""
     split = data.split(config.split)
-    wanted = range(min(config.pictures or data.default_pictures or len(split), len(split)))
-    with together():
-        mine = split.problems(own_share(len(wanted)))
-    rows, skipped = sorted_out(split.name, wanted, [problem for part in of_all(mine) for problem in part])
-    if not rows:
+    part = split.part(range(min(config.pictures or data.default_pictures or len(split), len(split))))
+    if not len(part):
         raise DataError(f"{data.spec}: the split {config.split!r} has no picture to score.")
-    return split, rows, sum(skipped.values())
+    return part
 
 
-def read_along(
-    split: Split, rows: list[int], then: Callable[[Sample], Sample] = lambda s: s, each: int = 1
-) -> Iterator[Sample]:
-    """The samples of this process's share of the rows, and what `then` makes of them, read ahead by threads; with progress.
+def read_along(part: Split, then: Callable[[Sample], Sample] = lambda s: s, each: int = 1) -> Iterator[Sample]:
+    """What `then` makes of the samples of this process's share, without those that cannot be used; read ahead by threads,
+    with progress.
 
     Shares are consecutive, so that joined in order of the processes they are all rows in theirs; each: as in `own_share`.
     """
-    mine = [rows[place] for place in own_share(len(rows), each)]
-    with progress(f"scoring {split.name}", len(mine), "pictures", world()[0] == 0) as tick:
-        for sample in ahead(lambda row: then(split.read(row)), mine, THREADS):
-            yield sample
+
+    def read(row: int) -> Sample | None:
+        try:
+            return then(part.read(row))
+        except Skip:
+            part.check_skipped()
+            return None
+
+    mine = own_share(len(part), each)
+    with progress(f"scoring {part.name}", len(mine), "pictures", world()[0] == 0) as tick:
+        for sample in ahead(read, mine, THREADS):
+            if sample is not None:
+                yield sample
             tick()
 
 

@@ -29,7 +29,7 @@ from cutline.transfer.model import Dense, Look, by_shape
 from cutline.transfer.options import PyramidConfig, SplitName, default_channels, look, seeded
 from cutline.transfer.prepared import PreparedDense, encoder_of
 from cutline.transfer.run import run
-from cutline.transfer.scoring import protocol, read_along, scored_rows, shown
+from cutline.transfer.scoring import protocol, read_along, scored_part, shown
 
 
 class SegmentConfig(PyramidConfig):
@@ -115,7 +115,7 @@ def fit(
     with seeded(config):
         model = Segmenter(start, prepared.config, opened.classes)
         finetune(model, prepared, prepared.batches(start.mean, IGNORE), cross_entropy, out, resume)
-    model.labels, model.skipped = len(prepared.rows), prepared.skipped
+    model.labels, model.skipped = prepared.split.counts()
     return model
 
 
@@ -126,10 +126,10 @@ def score(model: Segmenter, data: str | DenseData, split: SplitName | None = Non
     opened = open_data(data, "segment")
     if opened.classes != model.classes:
         raise DataError(f"{opened.spec} has other classes than the model was trained on ({', '.join(model.classes)}).")
-    part, rows, skipped = scored_rows(config, opened)
+    part = scored_part(config, opened)
     device, view, confusion = next(model.parameters()).device, model.look(), Confusion(len(model.classes))
     model.eval()
-    for images, targets in by_shape(((s.image, s.target) for s in read_along(part, rows)), config.batch):
+    for images, targets in by_shape(((s.image, s.target) for s in read_along(part)), config.batch):
         predicted = view(model, images).argmax(1)
         confusion.update(predicted, torch.from_numpy(np.stack(targets)).to(device))
     confusion.join()
@@ -137,7 +137,7 @@ def score(model: Segmenter, data: str | DenseData, split: SplitName | None = Non
     return Result(
         metrics=confusion.scores(),
         per_class={"iou": {name: value for name, value in iou.items() if value == value}},  # absent classes are NaN
-        protocol=protocol("segment", config, opened, model, len(rows), skipped, classes=fingerprint(model.classes)),
+        protocol=protocol("segment", config, opened, model, *part.counts(), classes=fingerprint(model.classes)),
         seconds=time.monotonic() - begun,
     )
 

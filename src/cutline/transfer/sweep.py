@@ -56,9 +56,12 @@ def sweep(
         tried = f"best of {', '.join(f'{r:g}' for r in rates)} by {by}"
         if resume and out is not None and (out / "result.json").exists():
             result = finished(out, config, opened, start.hash, but=frozenset({"lr"}))
-            if result.protocol.settings["lr"] != tried:
-                raise ConfigError(f"{out} holds another sweep: {result.protocol.settings['lr']}. Choose another --out.")
-            return result
+            found = result.protocol.settings["lr"]
+            if found == tried:
+                return result
+            if isinstance(found, str):
+                raise ConfigError(f"{out} holds another sweep: {found}. Choose another --out.")
+            # Else the result is as training wrote it: the sweep was killed before it said what was tried.
         if out is not None and not resume and world()[0] == 0:
             shutil.rmtree(out / "sweep", ignore_errors=True)
         barrier()

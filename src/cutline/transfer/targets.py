@@ -50,6 +50,15 @@ def read_image(path: Path) -> NDArray[np.uint8]:
         raise Skip("picture broken", f"{path} cannot be read: {e}") from e
 
 
+def header_size(path: Path) -> tuple[int, int] | None:
+    """(height, width) from a picture's header; None if there is no such picture, which is told when it is read."""
+    try:
+        with Image.open(path) as picture:
+            return picture.height, picture.width
+    except Exception:
+        return None
+
+
 def read_index(path: Path) -> NDArray[Any]:
     """The labels (H, W) in a single-channel picture, also one with a palette."""
     with Image.open(path) as picture:

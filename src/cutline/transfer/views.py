@@ -75,7 +75,7 @@ class Views(Batches):
         return self.augment.scale == WHOLE and not self.augment.operations and not self.erase
 
     def view(self, row: int, flip: bool, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        if self.targets_only and self.split.labels is not None:
+        if self.targets_only and self.split.labels is not None and row not in self.split.skipped:
             return torch.empty(0, dtype=torch.uint8), torch.tensor(self.split.labels[row])
         sample = self.split.read(row)
         size, image, augment = self.square.size, sample.image, self.augment

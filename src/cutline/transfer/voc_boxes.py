@@ -16,6 +16,7 @@ from cutline.record import fingerprint, hash_files
 from cutline.transfer import objects
 from cutline.transfer.data import DenseData, Task
 from cutline.transfer.objects import Listed, Tidy
+from cutline.transfer.targets import header_size
 
 LAYOUT = "PATH/{JPEGImages,Annotations,ImageSets/Main/{train,val[,test]}.txt}"
 SPLITS = ("train", "val", "test")
@@ -97,7 +98,7 @@ def _classes(root: Path, names: set[str]) -> list[str]:
 
 
 def _listed(picture: Path, xml: Path, parsed: Parsed, classes: Sequence[str], tidy: Tidy) -> Listed:
-    entry = Listed(picture, parsed.size or objects.header_size(picture), problem=parsed.problem)
+    entry = Listed(picture, parsed.size or header_size(picture), problem=parsed.problem)
     for name, (x0, y0, x1, y1), difficult in parsed.found:
         what = f"{xml.name}, {name or 'an object without a name'}"
         if name not in classes:

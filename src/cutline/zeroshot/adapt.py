@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,15 @@ from cutline.record import Result, fingerprint, hash_files
 from cutline.towers.pictures import weights_hash
 from cutline.train.device import device_of
 from cutline.transfer import store
-from cutline.transfer.batches import THREADS, ahead, stack_images
+from cutline.transfer.batches import ahead, stack_images
 from cutline.transfer.classify import SHOWN, Classifier, ClassifyConfig
-from cutline.transfer.data import DenseData, Sample, Split, open_data
+from cutline.transfer.data import THREADS, DenseData, Sample, Split, open_data
 from cutline.transfer.loop import train
 from cutline.transfer.metrics import Hits
 from cutline.transfer.options import seeded
 from cutline.transfer.prepared import Prepared
 from cutline.transfer.run import finished, run
-from cutline.transfer.scoring import grouped, protocol, read_along, scored_rows, shown
+from cutline.transfer.scoring import grouped, protocol, read_along, scored_part, shown
 from cutline.transfer.targets import PICTURES, read_image
 from cutline.transfer.views import Square, Views
 from cutline.zeroshot.must import AdaptConfig, Must, Pictures, check_tower
@@ -109,12 +110,17 @@ class Unlabelled:
         views = self.views
         strong, weak, masks, keys = [], [], [], []
         for place, rng in views.drawn(step):
-            row = views.rows[place]
-            strong.append(views.view(row, views.flip and bool(rng.random() < 0.5), rng)[0])
-            weak.append(random_square(views.split.read(row).image, self.size, rng))
+            place, (first, second) = views.shown(place, rng, partial(self._pair, rng=rng))
+            strong.append(first)
+            weak.append(second)
             masks.append(random_mask(self.cells, self.square, self.mask, rng))
-            keys.append(views.split.keys[row])
+            keys.append(views.split.keys[views.rows[place]])
         return Pictures(torch.stack(strong), torch.stack(weak), torch.from_numpy(np.stack(masks)), keys)
+
+    def _pair(self, row: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        """The strong and the weak view of a picture."""
+        strong = self.views.view(row, self.views.flip and bool(rng.random() < 0.5), rng)[0]
+        return strong, random_square(self.views.split.read(row).image, self.size, rng)
 
     def iterate(self, start: int, stop: int) -> Iterator[Pictures]:
         """Batches `start` … `stop` - 1, a few made ahead by threads."""
@@ -173,7 +179,7 @@ def fit(start: towers.Model, data: DenseData, config: AdaptConfig, out: Path | N
         encoder = model.encoder
         pictures = Unlabelled(prepared.split, prepared.rows, config, encoder.size, encoder.multiple, model.square)
         train(model, prepared, pictures.iterate, model.loss, out, resume)
-    model.labels, model.skipped = len(prepared.rows), prepared.skipped
+    model.labels, model.skipped = prepared.split.counts()
     if not model.sure and world()[0] == 0:
         print(
             f"In {int(model.taken)} steps the model was never surer of a picture than tau={config.tau}: nothing was learnt from "
@@ -190,11 +196,11 @@ def score(model: Adapted, data: DenseData) -> Result:
     truncated: texts that the context cut.
     """
     begun, config = time.monotonic(), model.config
-    split, rows, skipped = scored_rows(config, data)
+    scored = scored_part(config, data)
     kinds = model.classifiers()
     hits = {prefix: Hits(len(model.classes)) for prefix in kinds}
     square, device = kinds[""].square, device_of(config.device)
-    samples = read_along(split, rows, lambda sample: replace(sample, image=square(sample.image)))
+    samples = read_along(scored, lambda sample: replace(sample, image=square(sample.image)))
     for part in grouped(samples, config.batch):
         truth = torch.tensor([int(s.target) for s in part], device=device)
         views = stack_images([s.image for s in part])
@@ -213,7 +219,7 @@ def score(model: Adapted, data: DenseData) -> Result:
     return Result(
         metrics=metrics,
         per_class={name: {k: v for k, v in found.items() if v == v} for name, found in each.items()},  # NaN: none there
-        protocol=protocol("adapt", config, data, model, len(rows), skipped, words=words),
+        protocol=protocol("adapt", config, data, model, *scored.counts(), words=words),
         seconds=time.monotonic() - begun,
     )
 

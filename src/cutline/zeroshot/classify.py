@@ -28,9 +28,9 @@ from cutline.record import Protocol, Result, write_atomic
 from cutline.towers.pictures import test_transform, weights_hash
 from cutline.train.device import device_of, process_group
 from cutline.transfer import draw
-from cutline.transfer.batches import THREADS, ahead
+from cutline.transfer.batches import ahead
 from cutline.transfer.classes import apart
-from cutline.transfer.data import SKIP_SHARE, DenseData, Skip, Split, open_data, tell_skipped
+from cutline.transfer.data import SKIP_SHARE, THREADS, DenseData, Skip, Split, open_data, tell_skipped
 from cutline.transfer.metrics import Hits
 from cutline.transfer.scoring import grouped
 from cutline.zeroshot.encode import read_picture

@@ -39,7 +39,7 @@ NAMES = ("giant", "extremely close", "close", "not in distance", "a little remot
 METRES = (1.0, 1.5, 2.0, 2.25, 2.5, 2.75, 3.0)
 TRAINING = (
     "steps", "lr", "weight_decay", "layer_decay", "drop_path", "warmup", "schedule", "power", "clip", "ema", "flip", "scale",
-    "colour", "variance", "cutdepth", "grad_checkpointing", "save_every",
+    "colour", "variance", "gradient", "cutdepth", "grad_checkpointing", "save_every",
 )  # fmt: skip
 READ = 500  # training pictures whose readings bins=data takes at most
 
@@ -181,15 +181,15 @@ def quantile_bins(data: DenseData, config: DepthClipConfig) -> tuple[list[float]
     `labels` names; how many were read, and how many could not be."""
     prepared = PreparedDense(config, data, 1)
     check_readings(prepared, data.spec)
-    rows = prepared.rows[:: -(-len(prepared.rows) // READ)]
+    part = prepared.split.part(prepared.rows[:: -(-len(prepared.rows) // READ)])
     low, high = config.min_depth, config.top
-    targets = [torch.from_numpy(prepared.split.read(r).target).flatten() for r in rows]
+    targets = [torch.from_numpy(sample.target).flatten() for sample in part.samples()]
     readings = torch.cat([t[(t > low) & (t <= high)] for t in targets]).sort().values
     count = len(class_names(config.names))
     places = ((torch.arange(count) + 0.5) / count * len(readings)).long()
     bins = [float(f"{m:.4g}") for m in readings[places].tolist()]
     try:
-        return rising(bins), len(rows), prepared.skipped
+        return rising(bins), *part.counts()
     except ValueError as e:
         raise DataError(
             f"{data.spec}: {len(bins)} quantiles of its depth are no {len(bins)} depths ({e}). Give bins."

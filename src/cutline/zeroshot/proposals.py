@@ -30,7 +30,7 @@ from cutline.towers.encoder import Encoder
 from cutline.towers.pictures import weights_hash
 from cutline.towers.store import load_encoder
 from cutline.train.device import device_of, process_group
-from cutline.transfer.batches import THREADS, Batch, ahead, resize_image
+from cutline.transfer.batches import Batch, resize_image
 from cutline.transfer.data import DenseData, open_data
 from cutline.transfer.loop import train
 from cutline.transfer.metrics import IGNORE, Confusion
@@ -38,7 +38,7 @@ from cutline.transfer.model import by_shape
 from cutline.transfer.options import PyramidConfig, SplitName, autocast, seeded
 from cutline.transfer.prepared import PreparedDense
 from cutline.transfer.run import finished, run
-from cutline.transfer.scoring import protocol, read_along, scored_rows, shown
+from cutline.transfer.scoring import protocol, read_along, scored_part, shown
 from cutline.transfer.store import WEIGHTS, describe, folder_of, stored_encoder
 from cutline.zeroshot.learned import LearnConfig, Prefix, learn
 from cutline.zeroshot.maskformer import MaskFormer, SeenLoss
@@ -129,8 +129,7 @@ def fit(
     templates = None if config.learn else prompts(config.prompts or "openai")
     config = config.model_copy(update={"unseen": opened.notes["unseen"], "prompts": templates})
     prepared = PreparedDense(config, opened, max(start.encoder.channels))
-    shows = ahead(lambda row: bool((prepared.split.read(row).target != IGNORE).any()), prepared.rows, THREADS)
-    prepared.rows = [row for row, seen_there in zip(prepared.rows, shows, strict=True) if seen_there]
+    prepared.rows = prepared.split.usable(lambda sample: bool((sample.target != IGNORE).any()))
     if not prepared.rows:
         raise DataError(f"{opened.spec}: no picture of train shows a seen class. Give more pictures.")
     device, cast, settled = device_of(config.device), autocast(config), prepared.config
@@ -150,7 +149,7 @@ def fit(
             return loss(made, found, batch.targets.to(device, non_blocking=True))  # type: ignore[no-any-return]
 
         train(made, prepared, prepared.batches(start.encoder.mean, IGNORE).iterate, value, out, resume)
-    made.labels, made.skipped = len(prepared.rows), prepared.skipped
+    made.labels, made.skipped = prepared.split.counts()
     made.regions = regions
     if out is not None and world()[0] == 0:
         towers.save(start.clip, out / "model" / CLIP)
@@ -250,10 +249,10 @@ def _measured(
     """What `numbers` says of every stage, and of the ensemble its usual scores too."""
     begun = time.monotonic()
     config = model.config.model_copy(update={"split": split or model.config.split})
-    part, rows, skipped = scored_rows(config, data)
+    part = scored_part(config, data)
     confusions = {stage: Confusion(len(model.classes)) for stage in STAGES}
     model.eval()
-    for images, targets in by_shape(((s.image, s.target) for s in read_along(part, rows)), config.batch):
+    for images, targets in by_shape(((s.image, s.target) for s in read_along(part)), config.batch):
         for maps, target in zip(class_maps(model, images), targets, strict=True):
             for stage, confusion in confusions.items():
                 confusion.update(maps[stage].argmax(0).cpu(), torch.from_numpy(target))
@@ -265,7 +264,7 @@ def _measured(
     iou = dict(zip(model.classes, confusions["ensemble"].iou().tolist(), strict=True))
     words = described([[name] for name in said(model.classes)], config.prompts or ["learned"])
     del words["prompts"]  # their number; the config's are the prompts themselves
-    how = protocol(task, config, data, model, len(rows), skipped, **words)
+    how = protocol(task, config, data, model, *part.counts(), **words)
     return Result(
         metrics=metrics | confusions["ensemble"].scores() | {"truncated": model.notes["truncated"]},
         per_class={"iou": {name: value for name, value in iou.items() if value == value}},  # absent classes are NaN

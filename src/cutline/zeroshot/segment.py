@@ -36,7 +36,7 @@ from cutline.transfer.metrics import Confusion
 from cutline.transfer.model import by_shape, starts
 from cutline.transfer.options import SplitName
 from cutline.transfer.predict import write_classes
-from cutline.transfer.scoring import grouped, read_along, scored_rows, shown
+from cutline.transfer.scoring import grouped, read_along, scored_part, shown
 from cutline.zeroshot.dense import DenseTower, Method
 from cutline.zeroshot.encode import read_picture
 from cutline.zeroshot.prompts import Names, class_names, described, prompts, several
@@ -253,21 +253,22 @@ def segment(model: towers.Model | str, data: str | DenseData, config: SegmentCon
         opened = open_data(data, "segment")
         loaded = open_joint(model, device_of(config.device))
         words = WordSegmenter(loaded, names_of(config, opened.classes), config, opened.classes)
-        part, rows, skipped = scored_rows(config, opened)
+        part = scored_part(config, opened)
         confusion = Confusion(len(opened.classes))
         with together():
-            for samples in grouped(read_along(part, rows, each=config.batch), config.batch):
+            for samples in grouped(read_along(part, each=config.batch), config.batch):
                 for sample, ids in zip(samples, words.predict([s.image for s in samples]), strict=True):
                     confusion.update(torch.from_numpy(ids), torch.from_numpy(sample.target))
         confusion.join()
+        scored, skipped = part.counts()
         iou = dict(zip(opened.classes, confusion.iou().tolist(), strict=True))
         idle = {"split", "device", "batch", "pictures", "names", "prompts", *([] if config.threshold else ["scale"])}
         settings = words.config.model_dump(mode="json", exclude=idle)
-        settings |= {**described(words.names, words.templates), "scored": len(rows), "skipped": skipped}
+        settings |= {**described(words.names, words.templates), "scored": scored, "skipped": skipped}
         settings |= {"data": opened.notes} if opened.notes else {}
         settings |= {"proxy_hash": words.tower.proxy.hash} if words.tower.proxy is not None else {}
         result = Result(
-            metrics={**confusion.scores(), **chance(confusion), "pictures": len(rows), "truncated": words.words.truncated},
+            metrics={**confusion.scores(), **chance(confusion), "pictures": scored, "truncated": words.words.truncated},
             per_class={"iou": {c: value for c, value in iou.items() if value == value}},  # absent classes are NaN
             protocol=Protocol(
                 task="zeroshot-segment", data=opened.spec, data_fingerprint=opened.fingerprint, split=config.split,

@@ -84,7 +84,7 @@ def _mapped(part: Split, table: NDArray[np.int16]) -> Split:
         sample = part.read(row)
         return Sample(sample.key, sample.image, table[sample.target])
 
-    return Split(part.name, part.keys, read)
+    return Split(part.name, part.keys, read, size=part.size)
 
 
 def scores(confusion: Confusion, seen: Tensor) -> dict[str, float]:
