@@ -191,6 +191,17 @@ def test_a_cell_of_the_last_map_projects_into_the_joint_space(model_of):
         encoder.project(last)
 
 
+@pytest.mark.parametrize("kind", ["vit", "timm-vit-joint", "mci0-joint"])
+@torch.no_grad()
+def test_one_pass_gives_the_embedding_and_the_map_of_any_picture(kind, model_of):
+    encoder = towers.load_encoder(model_of(kind))
+    for size in ((64, 96), (40, 70)):  # whole patches, and not
+        x = pictures(1, 3, *size)
+        pooled, last = encoder.pooled_and_last(x)
+        torch.testing.assert_close(pooled, encoder.pooled(x))
+        torch.testing.assert_close(last, encoder.last(x))
+
+
 @pytest.mark.parametrize(
     "kind", ["vit-avg-scale", "vit-attention-pool", "timm-vit-joint", "timm-registers", "timm-rope"]
 )

@@ -32,9 +32,9 @@ RUNS: dict[str, tuple[str, ...]] = {
 SUITE = """
 name: all
 tasks:
-  classify: {{task: classify, data: "{data}", config: {{pictures: 4}}}}
+  classify: {{task: classify, data: "{data}", config: {{pictures: 4, prompts: photo}}}}
   retrieve: {{task: retrieve, data: "{data}"}}
-  segment: {{task: segment, data: "{data}", config: {{pictures: 2}}}}
+  segment: {{task: segment, data: "{data}", config: {{pictures: 2, prompts: photo}}}}
   depth: {{task: depth, data: "{data}", config: {{pictures: 2}}}}
 """
 

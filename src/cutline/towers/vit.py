@@ -103,11 +103,11 @@ class NativeViT(Encoder):
             return super().pooled_and_last(images)
         pooled, x = self.replaced(images)
         norm = v.ln_post if v.attn_pool is None else v.attn_pool.ln_k
-        return pooled, _to_map(norm(x), v.grid_size)
+        return pooled, _to_map(norm(x), _grid(images, self.multiple))
 
     def replaced(self, images: Tensor, replace: Replace | None = None) -> tuple[Tensor, Tensor]:
-        """`pooled` of pictures of the tower's size, of all patches and those changed by `replace` as `embed` does it; and the
-        patches after the last block, before the last norm, (B, N, C)."""
+        """`pooled` of normalised pictures that need no padding, of all patches and those changed by `replace` as `embed` does
+        it; and the patches after the last block, before the last norm, (B, N, C)."""
         v = self.visual
         x = v.transformer(self.embed(images, dropout=False, replace=replace)[0])
         pooled, _ = v._pool(x)
@@ -246,9 +246,9 @@ class TimmViT(Encoder):
         with self._fitted(images, dense=True):
             x = trunk.forward_features(images)
             pooled = getattr(self.visual, "head", nn.Identity())(trunk.forward_head(x))
-        side = images.shape[-1] // self.multiple
+        grid = _grid(images, self.multiple)
         norm = getattr(trunk, "fc_norm", None) or nn.Identity()
-        return pooled, _to_map(norm(x[:, -side * side :]), (side, side))
+        return pooled, _to_map(norm(x[:, -math.prod(grid) :]), grid)
 
     def replaced(self, images: Tensor, replace: Replace) -> tuple[Tensor, Tensor]:
         """As `NativeViT.replaced`."""
@@ -292,6 +292,10 @@ def _allow_any_size(trunk: Any) -> bool:
         if any(s % p for s, p in zip(trunk.patch_embed.img_size, trunk.patch_embed.feat_ratio(as_scalar=False))):
             trunk.patch_embed.img_size = None  # else it would refuse its own size, 384 in patches of 14 say
     return True
+
+
+def _grid(images: Tensor, patch: int) -> Grid:
+    return images.shape[-2] // patch, images.shape[-1] // patch
 
 
 def _to_map(tokens: Tensor, grid: Grid) -> Tensor:
