@@ -138,7 +138,8 @@ class Stream:
 
     def batches(self, until: int | None = None) -> Iterator[Batch]:
         """Batches from the present step up to (not with) step `until`; `self.step` is the next one when one is out."""
-        pool = ThreadPoolExecutor(self.threads, "stream") if self.threads else None
+        # One core each, so that the model keeps its own.
+        pool = ThreadPoolExecutor(self.threads, "stream", torch.set_num_threads, (1,)) if self.threads else None
         # Enough batches ahead that every thread has work while the caller holds one and waits for the next.
         ahead = 2 + self.threads * self._chunk // self.order.share
         coming: deque[_Coming] = deque()
