@@ -104,8 +104,8 @@ def main() -> None:
         data = open_data(f"scenes:n={max(240, 2 * pictures)},size={args.size},seed=1,objects=24", name)
         config = kind(**options, batch=BATCH, steps=args.steps, split="val", pictures=pictures)
         train = data.split("train")
-        for row in range(len(train)):  # in memory, as after the first epoch: how long scenes take to draw is not the question
-            train.read(row)
+        for row in range(len(train)):
+            train.read(row)  # in memory, as after the first epoch: how long scenes take to draw is not the question
         seconds: dict[str, list[float]] = {"train": [], "bare step": [], "predict": [], "bare forward": []}
         for _ in range(args.rounds):
             for bare in (False, True):
