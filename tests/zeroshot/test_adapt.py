@@ -381,7 +381,7 @@ def test_the_command_adapts_and_what_it_saves_is_used_again(
     assert here("export", str(tmp_path / "run"), str(tmp_path / "clip-again"), "--to", "open_clip").returncode == 0
 
 
-@pytest.mark.parametrize("name", ["imagenet", "sun397", "food101", "gtsrb", "dtd", "ucf101", "scenes"])
+@pytest.mark.parametrize("name", ["imagenet", "sun397", "food101", "gtsrb", "dtd", "ucf101", "scenes", "scene-crops"])
 def test_recipes_are_configs_and_say_what_the_paper_does(name: str) -> None:
     config = load(AdaptConfig, RECIPES / f"{name}.yaml")
     for key, value in yaml.safe_load((RECIPES / f"{name}.yaml").read_text()).items():
