@@ -176,8 +176,8 @@ def test_weights_that_cannot_be_used_are_told(vectors, weights, column, message)
         Objective(Config(weights=weights), model)(batch, Features(model, batch))
 
 
-def test_a_weighted_recipe_trains_on_the_columns_of_a_table(tmp_path):
-    """Weights 0 for all but a few pictures, whose loss alone is left; null counts 1."""
+def test_a_weighted_recipe_trains_on_the_columns_of_a_table(tmp_path, monkeypatch, capsys):
+    """Weights 0 for all but a few pictures, whose loss alone is left; null counts 1. A column of nothing but 0 is told."""
     write_pairs(SceneConfig(n=16, size=48, mix="mild"), tmp_path / "t.lance")
     pairs = Pairs.open(tmp_path / "t.lance").add_column("w", [None] * 4 + [0.0] * 8 + [1.0] * 4, type="float32")
     pairs.add_column("zero", [0.0] * 16, type="float32")
@@ -190,9 +190,17 @@ def test_a_weighted_recipe_trains_on_the_columns_of_a_table(tmp_path):
         "objectives": {"contrastive": {"weights": {"alt": "w", "captions": "zero"}}},
         "train": {"batch": 16, "samples": 48, "warmup": 1, "log_every": 1, "device": "cpu"},
     }
-    loop.train(Recipe.model_validate(recipe), tmp_path / "run", show=False)
+    monkeypatch.setattr("cutline.objectives.collapse.PATIENCE", 2)
+    loop.train(Recipe.model_validate(recipe), tmp_path / "run")
+    said = [x for x in capsys.readouterr().err.splitlines() if "all weights in the column 'zero' are 0" in x]
+    assert len(said) == 1
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 3
+    recipe["objectives"]["contrastive"]["weights"]["alt"] = "weight_alt"
+    with pytest.raises(
+        ConfigError, match=r"objectives.contrastive needs .*'weight_alt'.*cutline caption select PAIRS --rule alip"
+    ):
+        loop.train(Recipe.model_validate(recipe), tmp_path / "other", show=False)
     for row in rows:
         assert row["contrastive/captions"] == 0
         assert row["loss"] == pytest.approx(row["contrastive/alt"])

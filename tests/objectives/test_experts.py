@@ -269,6 +269,10 @@ def test_it_trains_on_true_masks_of_scenes_and_resumes(tmp_path):
 
 
 def test_errors_name_what_to_change(tmp_path):
+    with pytest.raises(ValidationError, match="with a weight above 0"):
+        Config.model_validate({"depth": {"column": "d", "weight": 0}})
+    with pytest.raises(ValidationError, match="a column of its own"):
+        Config.model_validate({"depth": {"column": "d"}, "segment": {"column": "d", "classes": 2}})
     with pytest.raises(ValidationError, match="name an expert and its column"):
         Config()
     values = recipe(experts={"segmnt": {"column": "s", "classes": 5}})

@@ -205,9 +205,10 @@ def test_few_pictures_and_patch_dropout_of_the_tower(count):
     loss.backward()
     assert math.isfinite(loss.item())
     assert ("explained" in objective.logged) == (count > 1)
-    assert objective.logged["feature_std"].item() == pytest.approx(0, abs=1e-9) if count == 1 else True
-    objective.after_step(model, 0)
-    assert objective.warning == ""
+    assert ("feature_std" in objective.logged) == (count > 1)
+    if count == 1:
+        objective.after_step(model, 0)
+        assert objective.collapse == ""
 
 
 def test_under_autocast_targets_and_loss_are_float32():
@@ -222,8 +223,7 @@ def test_under_autocast_targets_and_loss_are_float32():
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.02)
 
 
-def test_explained_is_the_share_of_what_places_leave_and_0_for_long_is_said(monkeypatch):
-    monkeypatch.setattr(mae, "PATIENCE", 3)
+def test_explained_is_the_share_of_what_places_leave_and_0_is_said():
     model, objective = made()
     images = pictures(6)
     batch = base.Batch({"image": images}, {})
@@ -235,15 +235,13 @@ def test_explained_is_the_share_of_what_places_leave_and_0_for_long_is_said(monk
     with torch.no_grad():  # the decoder says the same of every picture
         objective.decoder.pixels.weight.zero_()
         objective.decoder.pixels.bias.fill_(0.2)
-    for step in range(3):
-        objective(batch, base.Features(model, batch))
-        assert objective.warning == ""
-        objective.after_step(model, step)
+    objective(batch, base.Features(model, batch))
+    objective.after_step(model, 0)
     assert objective.logged["explained"] < 0.01
-    assert "no better than those of any picture at the same places" in objective.warning
+    assert "no better than those of any picture at the same places" in objective.collapse
     objective.logged["explained"] = torch.tensor(0.3)
-    objective.after_step(model, 3)
-    assert objective.warning == ""
+    objective.after_step(model, 1)
+    assert objective.collapse == ""
 
 
 STEP = """

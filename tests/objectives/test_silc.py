@@ -1,14 +1,16 @@
 """SILC: its formula on whole towers, its views, towers of every kind, and training on scenes."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
 from objectives_made import recipe, rows_of
 from torch import Tensor
 
-from cutline import towers
+from cutline import config, towers
 from cutline.errors import ConfigError
-from cutline.objectives import base, contrastive, silc
+from cutline.objectives import base, contrastive, sigmoid, silc
 from cutline.objectives.silc import GLOBAL, LOCAL, Config, Objective
 from cutline.train import loop
 from cutline.train.recipe import Recipe
@@ -81,13 +83,21 @@ def test_the_text_is_compared_with_both_global_crops():
     whole = batch(4, views=1, local=16, count=2)
     model = model.double()
     whole.texts["text"] = base.Texts(torch.randint(1, 400, (4, 24)), torch.arange(4))
-    both = contrastive.Objective(contrastive.Config(views=["image", GLOBAL]), model)
+    views = ["image", GLOBAL]
+    both = contrastive.Objective(contrastive.Config(views=views), model)
     found = both(whole, base.Features(model, whole))["text"]
     text = model.encode_text(whole.texts["text"].tokens, normalize=True)
     each = []
     for view in ("image", GLOBAL):
         logits = model.logit_scale.exp() * model.encode_image(whole.views[view], normalize=True) @ text.T
         each.append((F.cross_entropy(logits, torch.arange(4)) + F.cross_entropy(logits.T, torch.arange(4))) / 2)
+    torch.testing.assert_close(found, (each[0] + each[1]) / 2)
+    pairwise = sigmoid.Objective(sigmoid.Config(views=views), model)
+    found, each = pairwise(whole, base.Features(model, whole))["text"], []
+    sign = 2 * torch.eye(4, dtype=torch.float64) - 1
+    for view in views:
+        x = model.logit_scale.exp() * model.encode_image(whole.views[view], normalize=True) @ text.T + model.logit_bias
+        each.append(-torch.log(1 / (1 + torch.exp(-sign * x))).sum() / 4)
     torch.testing.assert_close(found, (each[0] + each[1]) / 2)
     for view, views in ((LOCAL, 3), ("silc/globl", 1)):
         named = contrastive.Objective(contrastive.Config(views=["image", view]), model)
@@ -105,8 +115,15 @@ def test_further_global_views_are_of_the_towers_own_size():
     }
 
 
+@pytest.mark.parametrize("scale", [[5, 40], [0, 0], [-0.1, 0.4], [math.nan, 1]])
+@pytest.mark.parametrize("which", ["local_scale", "global_scale"])
+def test_a_scale_that_is_no_share_of_the_picture_is_refused(which, scale):
+    with pytest.raises(ConfigError, match=which):
+        config.check(Recipe, recipe(silc={which: scale}))
+
+
 def test_crops_smaller_than_a_patch_are_refused():
-    with pytest.raises(ConfigError, match=r"silc.local_size=12 is smaller than one patch.*16"):
+    with pytest.raises(ConfigError, match=r"silc.local_size=12 is no whole number of patches.*16"):
         made(local_size=12)
 
 

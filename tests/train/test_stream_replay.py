@@ -207,7 +207,7 @@ def test_what_is_missing_is_named_with_the_command(tmp_path: Path) -> None:
         plain(add(pairs), text=TEXTS)
     with pytest.raises(ConfigError, match=r"data\.replay.*needs a table of pairs"):
         plain(open_source("scenes:n=20,size=48,seed=0"), text=TextConfig(columns={"captions": 1.0}))
-    with pytest.raises(ConfigError, match=r"Set data\.replay"):
+    with pytest.raises(ConfigError, match=r"objectives.distill asks.*Set data\.replay"):
         plain(pairs, replay=None)
 
 

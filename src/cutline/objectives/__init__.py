@@ -9,7 +9,7 @@ from cutline.objectives.base import Batch, Features, Objective, ObjectiveConfig,
 
 __all__ = ["Batch", "Features", "Objective", "ObjectiveConfig", "Texts", "View", "build", "config_class", "names"]
 
-HELPERS = {"base", "chunked", "gather", "teacher"}  # files that are no methods
+HELPERS = {"base", "chunked", "collapse", "gather", "teacher"}  # files that are no methods
 
 
 def names() -> list[str]:

@@ -9,7 +9,7 @@ several captions belong to one picture).
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field
@@ -24,6 +24,9 @@ class ObjectiveConfig(Config):
     weight: float = Field(1.0, ge=0)
 
 
+Area = tuple[Annotated[float, Field(gt=0, le=1)], Annotated[float, Field(gt=0, le=1)]]  # the range of a crop's share
+
+
 class View(Config):
     """One kind of picture an objective asks the stream for.
 
@@ -33,7 +36,7 @@ class View(Config):
 
     size: int | None = None
     count: int = Field(1, ge=1)
-    scale: tuple[float, float] = (0.4, 1.0)
+    scale: Area = (0.4, 1.0)
 
 
 class Map(Config):
@@ -109,6 +112,9 @@ class Features:
 
     def __init__(self, model: Any, batch: Batch, encoder: Any = None) -> None:
         self.model, self.batch, self.encoder = model, batch, encoder
+        self.at_once: int | None = (
+            None  # rows that pass a tower at a time (None: all), for passes of an objective's own
+        )
         self.gives_tokens = bool(getattr(model, "gives_tokens", False))
         self._cache: dict[tuple[str, str], Tensor] = {}
 
@@ -135,6 +141,10 @@ class Features:
             found = self.run(lambda x: {"dense": self.encoder.last(x)}, self.batch.views["image"])
             self._cache["dense", "image"] = found["dense"]
         return self._cache["dense", "image"]
+
+    def seen(self) -> Tensor | None:
+        """`image()`, if an objective has asked for it."""
+        return self._cache.get(("image", "image"))
 
     def image_tokens(self, view: str = "image") -> Tensor:
         self.image(view)
@@ -192,7 +202,8 @@ class Objective(nn.Module):
 
     `forward` returns its loss terms, unweighted: the sum of them is this objective's loss, and the loop multiplies it
     by `config.weight` and averages over processes. What is only to be logged goes into `self.logged`. What the user
-    should be told (training has collapsed, say) goes into `self.warning`, which is shown when it is no longer "".
+    should be told goes into `self.warning`, which is shown when it is no longer "". What a step's numbers show to have
+    collapsed goes into `self.collapse`, which is shown when it has not been "" for `collapse.PATIENCE` steps on end.
     """
 
     needs_text: bool = True  # whether the stream is to give texts
@@ -204,7 +215,7 @@ class Objective(nn.Module):
         super().__init__()
         self.config = config
         self.logged: dict[str, Tensor] = {}
-        self.warning = ""
+        self.warning = self.collapse = ""
 
     def views(self) -> dict[str, View]:
         """Views needed beside "image"."""

@@ -30,7 +30,7 @@ class Config(base.ObjectiveConfig):
 
     classes: str | list[str]
     texts: list[str] = Field(default_factory=list)
-    positive: float = 1.0
+    positive: float = Field(1.0, gt=0)
 
 
 class Objective(base.Objective):
@@ -64,6 +64,9 @@ class Objective(base.Objective):
 
     def columns(self) -> list[str]:
         return self.config.texts
+
+    def made_by(self, column: str) -> str:
+        return f"A column of captions is made with: cutline caption write PAIRS --with CAPTIONER --as {column}"
 
     def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
         """The loss; the shares of the classes predicted (above ½) that are there, and of those there predicted, are logged."""

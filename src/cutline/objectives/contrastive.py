@@ -10,7 +10,8 @@ caption column, times the column's weight (MobileCLIP, 2311.17049, section 3: a 
 
 With `weights`, each picture's two cross-entropies are multiplied by its value in a column of the table before the
 mean, which still divides by the number of pictures (ALIP, 2308.08428, whose w_sample · w_pair for either text are
-written by `cutline caption select --rule alip`; its loss is the rule `sum` over both).
+written by `cutline caption select --rule alip`; its loss is the rule `sum` over both. ALIP weighs by the model in training;
+these are of a frozen one, and stay).
 
 Each process compares its own rows with the gathered columns; the mean over processes is the loss of the joined batch.
 With `chunk` the logits are made that many rows at a time (see `chunked`), and memory is linear in the batch.
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from cutline.errors import ConfigError
 from cutline.objectives import base
@@ -57,6 +58,9 @@ class Objective(base.Objective):
     def columns(self) -> list[str]:
         return list(dict.fromkeys(self.config.weights.values()))
 
+    def made_by(self, column: str) -> str:
+        return "Weights are made with: cutline caption select PAIRS --rule alip (see docs/captions.md)"
+
     def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
         """One term per text source; `accuracy` (share of pictures whose own text is the best of the batch) is logged."""
         scale = features.logit_scale()
@@ -66,12 +70,7 @@ class Objective(base.Objective):
                     f"objectives.contrastive.{key} names {min(unknown)!r}, and the text sources are "
                     f"{', '.join(batch.texts)}: with data.text.rule sum they are the columns, else there is one, text."
                 )
-        for view in self.config.views:
-            if len(batch.views.get(view, ())) != len(batch.views["image"]):
-                raise ConfigError(
-                    f"objectives.contrastive.views names {view!r}, which is no view with one crop of each picture; there are: "
-                    f"{', '.join(batch.views)}."
-                )
+        check_views(self.config.views, batch, "objectives.contrastive")
         if set(self.config.second) == set(batch.texts):
             raise ConfigError(
                 f"objectives.contrastive.second={self.config.second} names every text source, and the first class token, which "
@@ -81,6 +80,8 @@ class Objective(base.Objective):
         for source, texts in batch.texts.items():
             text, column = widen(features.text(source)), self.config.weights.get(source)
             weight = None if column is None else weights(batch.columns[column], column, text.device)
+            if weight is not None:
+                self.logged[f"weight/{source}"] = weight.mean()
             found = []
             for view in self.config.views:
                 image = widen(features.image(view, second=source in self.config.second))
@@ -94,6 +95,26 @@ class Objective(base.Objective):
             terms[source] = texts.weight * loss
             self.logged[f"accuracy/{source}"] = hits.detach()
         return terms
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        nothing = [s for s in self.config.weights if float(self.logged[f"weight/{s}"]) == 0]
+        self.collapse = ""
+        if nothing:
+            column = self.config.weights[nothing[0]]
+            self.collapse = (
+                f"all weights in the column {column!r} are 0, and nothing is learnt from the text source {nothing[0]!r}: make them "
+                f"anew (cutline caption select --rule alip), or leave objectives.contrastive.weights out."
+            )
+
+
+def check_views(views: list[str], batch: base.Batch, by: str) -> None:
+    """Raise `ConfigError` for a view that is not there, or not once for each picture; by: the key of the recipe."""
+    for view in views:
+        if len(batch.views.get(view, ())) != len(batch.views["image"]):
+            raise ConfigError(
+                f"{by}.views names {view!r}, which is no view with one crop of each picture; there are: "
+                f"{', '.join(batch.views)}."
+            )
 
 
 def widen(x: Tensor) -> Tensor:

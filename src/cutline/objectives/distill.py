@@ -18,8 +18,9 @@ each batch at its own size, with its own mean and deviation. An online teacher s
 student's tokens, so it must have the same tokeniser. It is in no checkpoint, but loaded again by its name.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -44,7 +45,7 @@ class Config(base.ObjectiveConfig):
     in their order (MobileCLIP: 100 for each; MobileCLIP2: 70, 60); chunk: rows compared at a time (None: all)."""
 
     teacher: str | None = None
-    logit_scales: list[float] | None = None
+    logit_scales: list[Annotated[float, Field(gt=0)]] | None = None
     chunk: int | None = Field(None, ge=1)
 
 
@@ -72,9 +73,10 @@ class Objective(base.Objective):
         return [] if self.online else [IMAGE, TEXT]
 
     def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
-        """One term per text source; `entropy` of the teachers' softmaxes, below which a term cannot fall, is logged."""
+        """One term per text source; what it cannot fall below, the entropy of the teachers' softmaxes times the source's
+        weight, is logged (`entropy`)."""
         given = self.config.logit_scales
-        taught = self.online[0](batch, given) if self.online else stored(batch, given)
+        taught = self.online[0](batch, given, features.at_once) if self.online else stored(batch, given)
         image, scale, (_, size) = widen(features.image()), features.logit_scale(), world()
         compare = partial(chunked, partial(_rows, taught.widths), self.config.chunk)
         pictures = (gather(image), gather_plain(taught.image), scale)  # of all processes, for all sources
@@ -89,7 +91,7 @@ class Objective(base.Objective):
                 to_text, entropy_text = compare((image, taught.image, equal), captions)
                 to_image, entropy_image = compare((text, said, share), pictures)
             terms[source] = texts.weight * (to_text + to_image) / 2
-            self.logged[f"entropy/{source}"] = (entropy_text + entropy_image) / 2
+            self.logged[f"entropy/{source}"] = texts.weight * (entropy_text + entropy_image) / 2
         return terms
 
 
@@ -156,9 +158,14 @@ class OnlineTeacher:
         self.scale = float(model.logit_scale.exp())
 
     @torch.no_grad()
-    def __call__(self, batch: base.Batch, logit_scales: list[float] | None = None) -> Taught:
-        image = self.model.encode_image(self.view(batch.views["image"]))
-        text = {s: self.model.encode_text(self.tokens(t.tokens)) for s, t in batch.texts.items()}
+    def __call__(self, batch: base.Batch, logit_scales: list[float] | None = None, rows: int | None = None) -> Taught:
+        """rows: that pass the teacher at a time (None: all)."""
+
+        def some(encode: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+            return torch.cat([encode(part) for part in torch.split(x, rows or len(x))])
+
+        image = some(lambda x: self.model.encode_image(self.view(x)), batch.views["image"])
+        text = {s: some(self.model.encode_text, self.tokens(t.tokens)) for s, t in batch.texts.items()}
         return _taught(image, text, [image.shape[1]], [self.scale], logit_scales)
 
     def view(self, images: Tensor) -> Tensor:

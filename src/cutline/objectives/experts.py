@@ -69,10 +69,14 @@ class Config(base.ObjectiveConfig):
 
     @model_validator(mode="after")
     def _some(self) -> "Config":
-        if not self.experts():
+        experts = self.experts().values()
+        if not any(expert.weight for expert in experts):
             raise ValueError(
-                "name an expert and its column: segment, depth or normals, for example depth: {column: depth}"
+                "name an expert and its column, with a weight above 0: segment, depth or normals, for example "
+                "depth: {column: depth}"
             )
+        if len({expert.column for expert in experts}) < len(experts):
+            raise ValueError("every expert has a column of its own; two of these name the same")
         return self
 
     def experts(self) -> dict[str, Expert]:

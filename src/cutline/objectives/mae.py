@@ -31,14 +31,13 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from cutline.objectives import base
+from cutline.objectives.collapse import spread
 from cutline.objectives.contrastive import widen
-from cutline.objectives.teacher import spread
 from cutline.towers import load_encoder
 from cutline.towers.model import Model
 from cutline.towers.vit import NativeViT, by_patches
 
-# Pixels of which less than this is explained for so many steps on end: training has collapsed, or never began.
-LEAST, PATIENCE = 0.01, 500
+LEAST = 0.01  # share of the pixels that is explained: below it training has collapsed, or not begun
 EPS = 1e-6  # of the norms and of the pixels' variance
 
 
@@ -111,7 +110,6 @@ class Objective(base.Objective):
         patches = self.grid[0] * self.grid[1]
         self.masked = min(max(round(config.ratio * patches), 1), patches - 1)
         self.decoder = Decoder(encoder.channels[-1], self.grid, 3 * self.patch**2, config)
-        self._low = 0  # steps in which all pictures looked alike, in a row
 
     def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
         """The loss. Logged: `explained`, and how different the means of the pictures' visible features are (`spread`)."""
@@ -137,22 +135,17 @@ class Objective(base.Objective):
         """Class tokens and the patches `visible` (B, V), after the tower's last norm: (B, P + V, C)."""
         encoder = self._encoder[0]
         prefix = encoder.prefix
-        visual = encoder.visual
         x, _ = encoder.embed(images, dropout=False)  # the masked ones are embedded too, which costs next to nothing
         x = torch.cat([x[:, :prefix], x[:, prefix:].gather(1, wide(visible, x))], dim=1)
-        norm = visual.ln_post if visual.attn_pool is None else visual.attn_pool.ln_k
-        seen: Tensor = norm(visual.transformer(x))
-        return seen
+        return encoder.last_norm(encoder.visual.transformer(x))
 
     def after_step(self, model: nn.Module, step: int) -> None:
         explained = float(self.logged.get("explained", 1.0))
-        self._low = self._low + 1 if explained < LEAST else 0
-        self.warning = ""
-        if self._low >= PATIENCE:
-            self.warning = (
-                f"the masked autoencoder tells nothing of what it sees: for {self._low} steps its pixels have been no better "
-                f"than those of any picture at the same places (explained {explained:.3f}). Where train.warmup is over, "
-                f"training has collapsed or not begun: lower train.lr, lengthen train.warmup or set train.clip."
+        self.collapse = ""
+        if explained < LEAST:
+            self.collapse = (
+                f"the masked autoencoder tells nothing of what it sees: its pixels are no better than those of "
+                f"any picture at the same places (explained {explained:.3f}). Where train.warmup is over, training has collapsed or not begun: lower train.lr, lengthen train.warmup or set train.clip."
             )
 
 

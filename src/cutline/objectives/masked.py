@@ -51,10 +51,13 @@ class Objective(teacher.SelfDistillation):
         target = self.tower(images)[1]
         assert target is not None  # of a NativeViT
         hidden = random_patches(len(images), self.patches, self.masked, images.device)
-        said = self.fill(images, hidden)
+        said, pictures = (
+            self.fill(images, hidden),
+            target.mean(1),
+        )  # of all patches: one place differs from another in any case
         if not self.config.all_patches:
             target, said = (x.gather(1, hidden[..., None].expand(-1, -1, x.shape[2])) for x in (target, said))
-        return {"patches": self.distil(target.flatten(0, 1)[:, None], said.flatten(0, 1)[:, None])}
+        return {"patches": self.distil(target.flatten(0, 1)[:, None], said.flatten(0, 1)[:, None], pictures)}
 
     def fill(self, images: Tensor, hidden: Tensor) -> Tensor:
         """The student's patch features (B, N, C) where the patches `hidden` (B, n) are replaced by the token."""
@@ -66,7 +69,7 @@ class Objective(teacher.SelfDistillation):
             return torch.where(mask[..., None], self.token.to(x.dtype), x)
 
         tokens, _ = encoder.embed(images, dropout=False, replace=replace)
-        return teacher.patches(encoder, encoder.visual.transformer(tokens))
+        return encoder.last_norm(encoder.visual.transformer(tokens)[:, encoder.prefix :])
 
 
 def random_patches(pictures: int, patches: int, hidden: int, device: torch.device) -> Tensor:

@@ -36,13 +36,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from cutline.objectives import base, teacher
+from cutline.objectives.collapse import LEAST_INFORMATION
 from cutline.objectives.contrastive import widen
 from cutline.objectives.gather import gather, pair, world
 from cutline.towers.model import Model
 
 
 class Config(base.ObjectiveConfig):
-    """prototypes: K; hidden, bottleneck: widths in the heads; confident, spread: l1 and l2."""
+    """prototypes: K; hidden, bottleneck: widths in the heads; temperature: of the assignments; confident, spread: l1 and l2."""
 
     prototypes: int = Field(32768, ge=2)
     hidden: int = Field(2048, ge=1)
@@ -60,7 +61,6 @@ class Objective(base.Objective):
         width = int(model.model_cfg["embed_dim"])
         sizes = teacher.Config(prototypes=config.prototypes, hidden=config.hidden, bottleneck=config.bottleneck)
         self.image, self.text = teacher.Head(width, sizes), teacher.Head(width, sizes)
-        self._low = 0  # steps without information, in a row
 
     def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
         """Three terms per text source: `cross`, `confident` (l1 included) and `spread` (l2 included).
@@ -94,13 +94,11 @@ class Objective(base.Objective):
 
     def after_step(self, model: nn.Module, step: int) -> None:
         mean, each = (float(self.logged[f"entropy/{e}/image"]) for e in ("mean", "each"))
-        self._low = self._low + 1 if mean - each < teacher.LEAST_INFORMATION else 0
-        self.warning = ""
-        if self._low >= teacher.PATIENCE:
-            self.warning = (
-                f"nclip has collapsed: for {self._low} steps the assignments of pictures have said nothing of them (entropy "
-                f"of their mean {mean:.3f} nats, of a single one {each:.3f}). Raise objectives.nclip.spread, take fewer "
-                "prototypes, a larger batch or a lower train.lr."
+        self.collapse = ""
+        if mean - each < LEAST_INFORMATION:
+            self.collapse = (
+                f"nclip has collapsed: the assignments of pictures say nothing of them (entropy of their mean {mean:.3f} nats, of a "
+                f"single one {each:.3f}). Raise objectives.nclip.spread, take fewer prototypes, a larger batch or a lower train.lr."
             )
 
     def _assign(self, head: teacher.Head, x: Tensor, weight: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from cutline.objectives import base
 from cutline.objectives.chunked import chunked
-from cutline.objectives.contrastive import widen
+from cutline.objectives.contrastive import check_views, widen
 from cutline.objectives.gather import pair, world
 from cutline.towers.model import Model
 
@@ -33,11 +33,12 @@ CLIP_SCALE = math.log(1 / 0.07)  # where open_clip starts unless a model config 
 
 
 class Config(base.ObjectiveConfig):
-    """scale, bias: t and b at the start, of a tower that is untrained or has no bias; chunk: rows of the matrix of pairs
-    made at a time (None: all)."""
+    """scale, bias: t and b at the start, of a tower that is untrained or has no bias; views: as in `contrastive`, for SILC with
+    this loss; chunk: rows of the matrix of pairs made at a time (None: all)."""
 
     scale: float = Field(10.0, ge=1)
     bias: float = -10.0
+    views: list[str] = Field(default_factory=lambda: ["image"], min_length=1)
     chunk: int | None = Field(512, ge=1)
 
 
@@ -50,13 +51,16 @@ class Objective(base.Objective):
 
     def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
         """One term per text source; b and `accuracy` (share of pictures whose best text is their own) are logged."""
-        image, scale, bias = widen(features.image()), features.logit_scale(), features.model.logit_bias
+        check_views(self.config.views, batch, "objectives.sigmoid")
+        images = [widen(features.image(view)) for view in self.config.views]
+        scale, bias, chunk = features.logit_scale(), features.model.logit_bias, self.config.chunk
         terms = {}
         for source, texts in batch.texts.items():
             text = widen(features.text(source))
             # bf16 would round x near −10 to sixteenths.
-            with torch.autocast(image.device.type, enabled=False):
-                loss, hits = sigmoid_loss(image, text, texts.owners, scale, bias, texts.paired, self.config.chunk)
+            with torch.autocast(text.device.type, enabled=False):
+                found = [sigmoid_loss(x, text, texts.owners, scale, bias, texts.paired, chunk) for x in images]
+            loss, hits = (torch.stack(values).mean() for values in zip(*found, strict=True))
             terms[source] = texts.weight * loss
             self.logged[f"accuracy/{source}"] = hits
         self.logged["bias"] = bias.detach()

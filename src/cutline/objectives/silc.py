@@ -9,7 +9,7 @@ the teacher's momentum is fixed. It is trained alone, or beside `contrastive` or
 The first global view is "image", the recipe's own augmentation, which the text losses see as well: SILC computes its
 text loss on every global view, since otherwise the two losses pull apart. So set `data.augment.scale` to [0.4, 1.0].
 One global view is what SigLIP 2 (2502.14786) and TIPS (2410.16512) train with; SILC has two (`global_views`), and
-`contrastive: {views: [image, silc/global]}` compares both with the text; otherwise further ones are seen by the teacher alone.
+`contrastive: {views: [image, silc/global]}` (or `sigmoid`) compares both with the text; otherwise further ones are seen by the teacher alone.
 
 TIPS is three objectives: `contrastive` (weight 1; half for web text, half for synthetic captions), `silc` (1), `masked` (2).
 """
@@ -35,8 +35,8 @@ class Config(teacher.Config):
     global_views: int = Field(1, ge=1)
     local_views: int = Field(8, ge=1)
     local_size: int | None = Field(None, ge=1)
-    global_scale: tuple[float, float] = (0.4, 1.0)
-    local_scale: tuple[float, float] = (0.05, 0.4)
+    global_scale: base.Area = (0.4, 1.0)
+    local_scale: base.Area = (0.05, 0.4)
 
 
 class Objective(teacher.SelfDistillation):
@@ -47,9 +47,9 @@ class Objective(teacher.SelfDistillation):
         self.prototypes = teacher.Prototypes(self.student.width, config)
         patch = self.student.multiple
         self.local_size = config.local_size or math.ceil(self.student.size * 3 / 7 / patch) * patch
-        if self.local_size < patch:
+        if self.local_size % patch:
             raise ConfigError(
-                f"objectives.silc.local_size={self.local_size} is smaller than one patch of {self.student.name} ({patch} "
+                f"objectives.silc.local_size={self.local_size} is no whole number of patches of {self.student.name} ({patch} "
                 f"pixels): take a multiple of it, or leave local_size out."
             )
 
@@ -65,4 +65,4 @@ class Objective(teacher.SelfDistillation):
         seen = [self.tower(batch.views[name])[0] for name in ("image", GLOBAL) if name in batch.views]
         whole = cat([x.view(pictures, -1, x.shape[-1]) for x in seen], dim=1)  # (B, G, D)
         said = self.student.pooled(batch.views[LOCAL])
-        return {"local": self.distil(whole, said.view(pictures, -1, said.shape[-1]))}
+        return {"local": self.distil(whole, said.view(pictures, -1, said.shape[-1]), whole[:, 0])}

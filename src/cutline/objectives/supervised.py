@@ -30,14 +30,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from cutline.errors import ConfigError, DataError
 from cutline.objectives import base
 from cutline.objectives.contrastive import widen
 from cutline.objectives.gather import total, world
-from cutline.objectives.teacher import spread
 from cutline.towers import load_encoder
 from cutline.towers.model import Model
 
@@ -49,7 +48,7 @@ class Config(base.ObjectiveConfig):
     """labels: column with a whole number or a string, or a list of them, per row; field: of the structs, where the
     column has lists of structs (scenes: `labels: objects, field: name`). classes: the labels there are, in the recipe or as
     a JSON file with a list. single: whether a picture has one label. positive: weight of a class that is there against
-    one that is not (not with `single`).
+    one that is not, where there are several labels.
     """
 
     labels: str = Field(min_length=1)
@@ -57,6 +56,12 @@ class Config(base.ObjectiveConfig):
     field: str | None = None
     single: bool = False
     positive: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> "Config":
+        if self.single and self.positive != 1:
+            raise ValueError("with `single` there is nothing for `positive` to weigh: leave one of them out")
+        return self
 
 
 class Objective(base.Objective):
@@ -86,7 +91,7 @@ class Objective(base.Objective):
 
     def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
         """The loss. Logged: precision and recall of what is predicted (above ½), or the accuracy; the share of pictures that
-        count, and of labels that are no class; how different the pictures look (`spread`)."""
+        count, and of labels that are no class."""
         picture = features.image()
         with torch.autocast(picture.device.type, enabled=False):
             x = widen(picture)
@@ -96,7 +101,7 @@ class Objective(base.Objective):
         given = [classes for classes in found if classes is not None]
         loss, logged = (self._single if self.config.single else self._several)(logits[rows], given)
         share = torch.tensor(len(rows) / len(found), device=loss.device)
-        self.logged |= logged | {"labelled": share} | spread(picture)
+        self.logged |= logged | {"labelled": share}
         count = torch.tensor(len(rows), device=loss.device)
         return {"labels": loss * world()[1] / total(count)}
 

@@ -35,6 +35,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from cutline.objectives import base
 from cutline.objectives.chunked import chunked
+from cutline.objectives.collapse import LEAST_INFORMATION, LEAST_STD, spread
 from cutline.objectives.contrastive import widen
 from cutline.objectives.gather import world
 from cutline.towers import load_encoder
@@ -43,9 +44,6 @@ from cutline.towers.model import Model
 from cutline.towers.vit import NativeViT
 
 AT_ONCE = 2**26  # logits made at a time (256 MiB): with 32,768 prototypes those of a batch's patches would fill a GPU
-
-# A teacher that tells the pictures apart by less than this (nats) for so many steps on end has collapsed.
-LEAST_INFORMATION, PATIENCE = 0.02, 200
 
 
 class Config(base.ObjectiveConfig):
@@ -96,7 +94,8 @@ class Teacher(nn.Module):
         tokens = encoder.visual.transformer(encoder.embed(images, dropout=False)[0])
         pooled, _ = encoder.visual._pool(tokens)
         projection = encoder.visual.proj
-        return pooled if projection is None else pooled @ projection, patches(encoder, tokens)
+        seen = encoder.last_norm(tokens[:, encoder.prefix :])
+        return pooled if projection is None else pooled @ projection, seen
 
     def follow(self, model: nn.Module, step: int) -> None:
         """Move towards the tower of `model`, once a step however many objectives ask."""
@@ -104,14 +103,6 @@ class Teacher(nn.Module):
         if step != self._step:
             move(self.encoder.visual, model.visual, self.momentum)  # type: ignore[arg-type]
             self._step = step
-
-
-def patches(encoder: NativeViT, tokens: Tensor) -> Tensor:
-    """The last block's tokens (B, P + N, C), P class tokens, → those of the patches after the tower's last norm, (B, N, C)."""
-    visual = encoder.visual
-    norm = visual.ln_post if visual.attn_pool is None else visual.attn_pool.ln_k
-    normed: Tensor = norm(tokens[:, encoder.prefix :])
-    return normed
 
 
 @torch.no_grad()
@@ -243,24 +234,6 @@ def entropy(p: Tensor) -> Tensor:
     return each.sum(-1)
 
 
-@torch.no_grad()
-def spread(features: Tensor, most: int = 1024) -> dict[str, Tensor]:
-    """How different the rows of `features` (R, W) are: two numbers to log.
-
-    feature_std: root of the summed variance of the L2-normalised rows (of at most `most`, evenly chosen): 1 where they
-    point everywhere, 0 where they are all the same. effective_rank: (Σ λ)² / Σ λ² over the eigenvalues λ of their
-    covariance, the number of directions they vary in (the participation ratio: it needs no decomposition, unlike the
-    exponential of the entropy of λ, and is never larger).
-    """
-    x = F.normalize(widen(features[:: -(-len(features) // most)]), dim=-1)
-    x = x - x.mean(0)
-    with torch.autocast(x.device.type, enabled=False):
-        gram = x @ x.T if len(x) < x.shape[1] else x.T @ x  # the same eigenvalues, but for zeros
-    total, squares = gram.trace(), gram.square().sum()
-    rank = total.square() / squares.clamp(min=torch.finfo(x.dtype).tiny)
-    return {"feature_std": (total / len(x)).sqrt(), "effective_rank": rank}
-
-
 class SelfDistillation(base.Objective):
     """Base of `silc` and `masked`: holds the teacher, lets it follow, and says when training has collapsed.
 
@@ -279,7 +252,6 @@ class SelfDistillation(base.Objective):
         if mine:
             self.teacher = teacher
         self._student: tuple[Encoder] = (load_encoder(model),)
-        self._low = 0  # steps without information, in a row
 
     @property
     def tower(self) -> Teacher:
@@ -291,26 +263,28 @@ class SelfDistillation(base.Objective):
         """The image tower that is trained."""
         return self._student[0]
 
-    def distil(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """teacher (R, G, W), student (R, L, W) → the loss; what shows a collapse is logged."""
+    def distil(self, teacher: Tensor, student: Tensor, pictures: Tensor) -> Tensor:
+        """teacher (R, G, W), student (R, L, W) → the loss; what shows a collapse is logged, with the spread of `pictures`,
+        what the teacher sees in each (B, W)."""
         loss: Tensor
         loss, logged = self.prototypes(teacher, student)
-        self.logged = logged | spread(teacher[:, 0])
+        self.logged = logged | spread(pictures)
         return loss
 
     def after_step(self, model: nn.Module, step: int) -> None:
         self.tower.follow(model, step)
         self.prototypes.follow()
-        mean, each = (float(self.logged[f"entropy/{which}"]) for which in ("mean", "each"))
-        self._low = self._low + 1 if mean - each < LEAST_INFORMATION else 0
-        self.warning = ""
-        if self._low >= PATIENCE:
+        self.collapse = ""
+        if "feature_std" not in self.logged:
+            return  # of one picture
+        mean, each, std = (float(self.logged[which]) for which in ("entropy/mean", "entropy/each", "feature_std"))
+        if mean - each < LEAST_INFORMATION or std < LEAST_STD:
             flat = each > math.log(self.config.prototypes) / 2  # all prototypes alike, or one for everything
             fix = "Lower teacher_temperature" if flat else "Raise teacher_temperature (0.07), take fewer prototypes"
-            self.warning = (
-                f"self-distillation has collapsed: for {self._low} steps the teacher has said the same of every picture "
-                f"(entropy of its mean assignment {mean:.3f} nats, of a single one {each:.3f}; feature std "
-                f"{float(self.logged['feature_std']):.3f}). {fix}, or train with a larger batch or a lower train.lr."
+            self.collapse = (
+                f"self-distillation has collapsed: the teacher says the same of every picture (entropy of its mean assignment "
+                f"{mean:.3f} nats, of a single one {each:.3f}; feature std {std:.3f}). {fix}, or train with a larger batch or a "
+                f"lower train.lr."
             )
 
     def after_skip(self) -> None:

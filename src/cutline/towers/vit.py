@@ -88,9 +88,13 @@ class NativeViT(Encoder):
 
     def _last(self, x: Tensor) -> Tensor:
         x, grid = self.embed(x, dropout=False)
-        x = self.visual.transformer(x)[:, self.prefix :]
-        norm = self.visual.ln_post if self.visual.attn_pool is None else self.visual.attn_pool.ln_k
-        return _to_map(norm(x), grid)
+        return _to_map(self.last_norm(self.visual.transformer(x)[:, self.prefix :]), grid)
+
+    def last_norm(self, tokens: Tensor) -> Tensor:
+        """What comes out of the last block (B, N, C), normed as the pooling has it."""
+        pool = self.visual.attn_pool
+        normed: Tensor = (self.visual.ln_post if pool is None else pool.ln_k)(tokens)
+        return normed
 
     def _pooled(self, x: Tensor) -> Tensor:
         x, _ = self.embed(x, dropout=True)
@@ -98,12 +102,10 @@ class NativeViT(Encoder):
         return cast(Tensor, x if self.visual.proj is None else x @ self.visual.proj)
 
     def pooled_and_last(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        v = self.visual
         if self._parts_ways(images):
             return super().pooled_and_last(images)
         pooled, x = self.replaced(images)
-        norm = v.ln_post if v.attn_pool is None else v.attn_pool.ln_k
-        return pooled, _to_map(norm(x), _grid(images, self.multiple))
+        return pooled, _to_map(self.last_norm(x), _grid(images, self.multiple))
 
     def replaced(self, images: Tensor, replace: Replace | None = None) -> tuple[Tensor, Tensor]:
         """`pooled` of normalised pictures that need no padding, of all patches and those changed by `replace` as `embed` does

@@ -13,7 +13,8 @@ objective does with the features (a decoder, the heads of experts) it does for t
 micro-batch (as over each process's pictures otherwise), and their averages move by the mean of its micro-batches once a step.
 
 Objectives that pass the tower themselves (`Objective.own_passes`: crops, masked patches) compare no samples: their loss
-is a mean over pictures, and they are given one micro-batch after the other.
+is a mean over pictures, and they are given one micro-batch after the other, without texts and columns. What they log of
+a batch as a whole (how its features spread, the entropy of its mean assignment) is then the mean over micro-batches, and lower.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,7 +34,8 @@ class Cached(Features):
 
     def __init__(self, model: Any, batch: Batch, encoder: Any, rows: int, precision: "Precision") -> None:
         super().__init__(model, batch, encoder)
-        self.rows, self.precision = rows, precision
+        self.rows = self.at_once = rows
+        self.precision = precision
         self._passes: list[tuple[Tower, Sequence[Tensor], list[Any], dict[str, Tensor]]] = []
 
     def run(self, tower: Tower, inputs: Tensor) -> dict[str, Tensor]:
@@ -125,7 +127,8 @@ def average_gradients(module: nn.Module) -> None:
 
 def _copy(to: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     for tensor, value in zip(to, values, strict=True):
-        tensor.copy_(value)
+        if not torch.equal(tensor, value):  # a graph that reads the tensor would have its backward pass refused
+            tensor.copy_(value)
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:

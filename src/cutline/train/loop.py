@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -23,6 +23,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from cutline import objectives, towers
 from cutline.config import dump, load
 from cutline.errors import ConfigError, TrainingError
+from cutline.objectives import collapse
 from cutline.objectives.base import Batch, Features, Objective
 from cutline.objectives.gather import barrier, world
 from cutline.progress import Tick, progress
@@ -70,6 +71,9 @@ class Trainee(nn.Module):
             terms = objective(batch, features)
             total = total + objective.config.weight * torch.stack(list(terms.values())).sum()
             log |= {f"{name}/{term}": value.detach() for term, value in (terms | objective.logged).items()}
+        seen = features.seen()
+        if seen is not None:
+            log |= {f"image/{what}": value for what, value in collapse.spread(seen).items()}
         return total, log
 
 
@@ -91,11 +95,15 @@ class Run:
     bad_in_row: int = 0
     seconds: float = 0.0
     flops: float = 0.0  # of one step on this process
+    collapsed: dict[str, int] = field(default_factory=dict)  # steps on end that looked so, by objective
+
+    def __post_init__(self) -> None:
+        self.collapsed = dict.fromkeys(["image", *self.trainee.methods()], 0)
 
     def progress(self) -> dict[str, Any]:
         """What a checkpoint says of the run beside weights and their kin."""
         numbers = {"step": self.step, "bad": self.bad, "bad_in_row": self.bad_in_row, "seconds": self.seconds}
-        return {"stream": self.stream.state_dict(), "progress": numbers}
+        return {"stream": self.stream.state_dict(), "progress": {**numbers, "collapsed": self.collapsed}}
 
     def state(self) -> dict[str, Any]:
         """All that the next step depends on."""
@@ -110,6 +118,7 @@ class Run:
         self.stream.load_state_dict(state["stream"])
         self.step, self.bad = state["progress"]["step"], state["progress"]["bad"]
         self.bad_in_row, self.seconds = state["progress"]["bad_in_row"], state["progress"]["seconds"]
+        self.collapsed = state["progress"]["collapsed"]
 
 
 class Watch(Protocol):
@@ -212,7 +221,10 @@ def _stream(
         for column in method.columns():
             if column not in (IMAGE, TEXT):  # which are made of others
                 check_columns(source, [column], f"objectives.{name}", method.made_by(column))
-    texts = any(o.needs_text for o in methods)
+    texts = ", ".join(f"objectives.{name}" for name, o in trainee.methods().items() if o.needs_text)
+    for column in recipe.data.text.columns if texts else ():
+        made_by = f"Captions are made with: cutline caption write PAIRS --with CAPTIONER --as {column}"
+        check_columns(source, [column], texts, made_by)
     encoder = towers.load_encoder(model)  # for what it says of the pictures
     return Stream(
         source,
@@ -251,7 +263,7 @@ def _loop(run: Run, tick: Tick, watch: Watch | None = None) -> None:
         if writer is not None:
             writer.add(log)
         tick(config.batch, f"loss {log['loss']:.3f}")
-        warned = _warn(run, warned, tick)
+        warned = _warn(run, warned, log, tick)
         if run.step % config.save_every == 0 or run.step == run.steps:
             if writer is not None:
                 writer.flush()
@@ -262,11 +274,16 @@ def _loop(run: Run, tick: Tick, watch: Watch | None = None) -> None:
         writer.close()
 
 
-def _warn(run: Run, before: set[str], tick: Tick) -> set[str]:
-    """Show what objectives want to tell, once; returns the names of those that do."""
-    warnings = {name: o.warning for name, o in run.trainee.methods().items() if o.warning}
+def _warn(run: Run, before: set[str], log: dict[str, float], tick: Tick) -> set[str]:
+    """Show what objectives want to tell, once, and what has been collapsed for long; returns the names of those that warn."""
+    methods = run.trainee.methods()
+    warnings = {name: o.warning for name, o in methods.items() if o.warning}
     for name in warnings.keys() - before:
         tick.say(f"step {run.step}: {warnings[name]}")
+    for name, told in ({"image": collapse.of_pictures(log)} | {n: o.collapse for n, o in methods.items()}).items():
+        run.collapsed[name] = run.collapsed[name] + 1 if told else 0
+        if run.collapsed[name] == collapse.PATIENCE:
+            tick.say(f"step {run.step}, and for {collapse.PATIENCE} steps on end: {told}")
     return set(warnings)
 
 

@@ -1,7 +1,9 @@
 """What a run logs: `metrics.jsonl` and TensorBoard."""
 
 import json
+import math
 import resource
+import statistics
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,12 +20,12 @@ PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L
 
 
 class Metrics:
-    """`metrics.jsonl` and TensorBoard: means over `log_every` steps."""
+    """`metrics.jsonl` and TensorBoard: means over `log_every` steps, without numbers that are not finite."""
 
     def __init__(self, run: "Run") -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self.run, self.values, self.count = run, dict[str, float](), 0
+        self.run, self.values, self.count = run, dict[str, list[float]](), 0
         self.file = open(run.out / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
         self.board = SummaryWriter(str(run.out / "tensorboard"), purge_step=run.step + 1)
         self._mark()
@@ -33,7 +35,8 @@ class Metrics:
 
     def add(self, log: dict[str, float]) -> None:
         for name, value in log.items():
-            self.values[name] = self.values.get(name, 0.0) + value
+            if math.isfinite(value):  # a skipped step would take those around it with it
+                self.values.setdefault(name, []).append(value)
         self.count += 1
         if self.run.step % self.run.recipe.train.log_every == 0 or self.run.step == self.run.steps:
             self.flush()
@@ -43,7 +46,7 @@ class Metrics:
             return
         run, seconds = self.run, time.monotonic() - self.begun
         batch = run.recipe.train.batch
-        row = {name: value / self.count for name, value in self.values.items()}
+        row = {name: statistics.fmean(values) for name, values in self.values.items()}
         row |= {
             "images_per_second": self.count * batch / seconds,
             "data_wait": (run.stream.waited - self.waited) / seconds,

@@ -99,8 +99,9 @@ class Stream:
         check_columns(source, [*texts, *self.columns])
         if asked and replay is None:
             raise ConfigError(
-                "an objective asks for the embeddings of teachers, and the recipe says not where they are stored. Set "
-                "data.replay to the prefix that was given to `cutline reinforce … --as PREFIX`."
+                "objectives.distill asks for the embeddings of teachers, and the recipe says not where they are stored. Set "
+                "data.replay to the prefix that was given to `cutline reinforce … --as PREFIX`, or name an online teacher "
+                "(objectives.distill.teacher)."
             )
         self.replay = None if replay is None else Replay(source, replay, text, asked)
         self.maps = LabelMaps(source, maps, augment, replay is not None)
