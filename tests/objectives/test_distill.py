@@ -1,6 +1,7 @@
 """Distillation against reference values, open_clip, a plain float64 version, two real processes, and in training."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -290,5 +291,10 @@ def test_it_trains_with_an_online_teacher_that_is_not_saved(tmp_path):
     assert not list(prepared.trainee.objectives.parameters())
     assert not list(prepared.trainee.objectives.buffers())
     online = prepared.trainee.methods()["distill"].online[0].model
+    with torch.no_grad():
+        next(online.parameters()).add_(1)
+    towers.save(online, Path(v["objectives"]["distill"]["teacher"]))
+    with pytest.raises(ConfigError, match="has other weights than when this run began"):
+        loop.prepare(Recipe.model_validate(v), run, resume=True)
     assert not online.training
     assert not any(p.requires_grad for p in online.parameters())

@@ -15,11 +15,12 @@ picture's texts together weigh as much as another picture's.
 Teachers are either *stored* (DataCompDR): the embeddings that `cutline reinforce` has put beside the pictures, of the
 very augmentation and captions that were drawn (`data.replay` names them); or *online*: an open_clip model that looks at
 each batch at its own size, with its own mean and deviation. An online teacher sees the student's view, resized, and the
-student's tokens, so it must have the same tokeniser. It is in no checkpoint, but loaded again by its name.
+student's tokens, so it must have the same tokeniser. It is in no checkpoint, but loaded again by its name; a run does not
+resume with one that has other weights by then.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Any, NamedTuple
 
 import torch
@@ -34,6 +35,7 @@ from cutline.objectives.chunked import chunked
 from cutline.objectives.contrastive import widen
 from cutline.objectives.gather import gather, gather_plain, pair, world
 from cutline.towers.model import Model
+from cutline.towers.pictures import weights_hash
 from cutline.towers.store import preprocess_of
 
 # What `train.stream.replay` (a room above this one) calls the stored embeddings of what was drawn, and whose they are.
@@ -68,6 +70,16 @@ class Objective(base.Objective):
         super().__init__(config, model)
         # In a tuple: not a part of this module, which is trained, copied to every process and saved.
         self.online = () if config.teacher is None else (OnlineTeacher(config.teacher, model),)
+
+    def get_extra_state(self) -> str:
+        """The hash of the online teacher's weights, for a checkpoint."""
+        return self.online[0].hash if self.online else ""
+
+    def set_extra_state(self, state: str) -> None:
+        if self.online and state != self.get_extra_state():
+            raise ConfigError(
+                f"the teacher {self.config.teacher!r} has other weights than when this run began: put those back, or train anew."
+            )
 
     def columns(self) -> list[str]:
         return [] if self.online else [IMAGE, TEXT]
@@ -156,6 +168,10 @@ class OnlineTeacher:
         self.interpolation = "bilinear" if preprocess_of(model)["interpolation"] == "bilinear" else "bicubic"
         self.own, self.students = _channels(model), _channels(student)
         self.scale = float(model.logit_scale.exp())
+
+    @cached_property
+    def hash(self) -> str:
+        return weights_hash(self.model)
 
     @torch.no_grad()
     def __call__(self, batch: base.Batch, logit_scales: list[float] | None = None, rows: int | None = None) -> Taught:
