@@ -10,8 +10,8 @@ from torch import Tensor
 
 from cutline.objectives.contrastive import widen
 
-PATIENCE = 200  # steps on end
-LEAST_STD = 0.02  # of features that tell pictures apart; towers at their random start have 0.3 to 0.6
+PATIENCE = 100  # steps on end
+LEAST_STD = 0.1  # of features that tell pictures apart (below it their cosines are 0.99); towers at their random start have 0.3 to 0.6
 LEAST_INFORMATION = 0.02  # nats that an assignment tells
 
 
@@ -41,6 +41,6 @@ def of_pictures(log: dict[str, float]) -> str:
     if std >= LEAST_STD:
         return ""
     return (
-        f"the embeddings of all pictures are alike (feature std {std:.4f}; 1 where they point everywhere): training has collapsed. "
+        f"the embeddings of all pictures are alike (feature std {std:.4f}; 1 where they point everywhere): training has collapsed or not begun. "
         f"Lower train.lr, lengthen train.warmup or set train.clip, and look whether the texts or labels tell the pictures apart."
     )
