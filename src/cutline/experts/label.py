@@ -33,9 +33,8 @@ class LabelWork(Config):
 
     model: "hf:FOLDER or ID", or the folder of `cutline transfer segment|depth`. side: pixels of the shorter side of a map,
     which is never larger than the picture; 64 are four for each patch of a ViT-B/16 on the whole picture. unit: of what
-    a depth model gives (auto: metres where its config says so, or else relative, which is inverse depth; say metres for a model that gives
-    them and does not tell).
-    fov: degrees, for normals.
+    a depth model gives (auto: metres where its config says so, or else relative, which is inverse depth; say metres for
+    a model that gives them and does not tell). fov: degrees, for normals.
     """
 
     expert: Literal["segment", "depth", "normals"]

@@ -11,7 +11,7 @@ from torch import Tensor
 from cutline.objectives.contrastive import widen
 
 PATIENCE = 100  # steps on end
-LEAST_STD = 0.1  # of features that tell pictures apart (below it their cosines are 0.99); towers at their random start have 0.3 to 0.6
+LEAST_STD = 0.1  # of features that tell pictures apart: cosines of 0.99. Towers at their random start have 0.3 to 0.6
 LEAST_INFORMATION = 0.02  # nats that an assignment tells
 
 
@@ -38,9 +38,10 @@ def spread(features: Tensor, most: int = 1024) -> dict[str, Tensor]:
 def of_pictures(log: dict[str, float]) -> str:
     """What to tell where a step's embeddings are alike; "" where they are not."""
     std = log.get("image/feature_std", 1.0)
-    if std >= LEAST_STD:
+    if not std < LEAST_STD:  # nor where it is not finite
         return ""
     return (
-        f"the embeddings of all pictures are alike (feature std {std:.4f}; 1 where they point everywhere): training has collapsed or not begun. "
-        f"Lower train.lr, lengthen train.warmup or set train.clip, and look whether the texts or labels tell the pictures apart."
+        f"the embeddings of all pictures are alike (feature std {std:.4f}; 1 where they point everywhere): training has "
+        f"collapsed or not begun. Lower train.lr, lengthen train.warmup or set train.clip, and look whether the texts or labels "
+        f"tell the pictures apart."
     )

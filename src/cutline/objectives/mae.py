@@ -144,8 +144,9 @@ class Objective(base.Objective):
         self.collapse = ""
         if explained < LEAST:
             self.collapse = (
-                f"the masked autoencoder tells nothing of what it sees: its pixels are no better than those of "
-                f"any picture at the same places (explained {explained:.3f}). Where train.warmup is over, training has collapsed or not begun: lower train.lr, lengthen train.warmup or set train.clip."
+                f"the masked autoencoder tells nothing of what it sees: its pixels are no better than those of any picture at the "
+                f"same places (explained {explained:.3f}). Where train.warmup is over, training has collapsed or not begun: lower "
+                f"train.lr, lengthen train.warmup or set train.clip."
             )
 
 

@@ -51,10 +51,8 @@ class Objective(teacher.SelfDistillation):
         target = self.tower(images)[1]
         assert target is not None  # of a NativeViT
         hidden = random_patches(len(images), self.patches, self.masked, images.device)
-        said, pictures = (
-            self.fill(images, hidden),
-            target.mean(1),
-        )  # of all patches: one place differs from another in any case
+        said = self.fill(images, hidden)
+        pictures = target.mean(1)  # of all places, as one differs from another in any case
         if not self.config.all_patches:
             target, said = (x.gather(1, hidden[..., None].expand(-1, -1, x.shape[2])) for x in (target, said))
         return {"patches": self.distil(target.flatten(0, 1)[:, None], said.flatten(0, 1)[:, None], pictures)}

@@ -9,7 +9,8 @@ the teacher's momentum is fixed. It is trained alone, or beside `contrastive` or
 The first global view is "image", the recipe's own augmentation, which the text losses see as well: SILC computes its
 text loss on every global view, since otherwise the two losses pull apart. So set `data.augment.scale` to [0.4, 1.0].
 One global view is what SigLIP 2 (2502.14786) and TIPS (2410.16512) train with; SILC has two (`global_views`), and
-`contrastive: {views: [image, silc/global]}` (or `sigmoid`) compares both with the text; otherwise further ones are seen by the teacher alone.
+`contrastive: {views: [image, silc/global]}` (or `sigmoid`) compares both with the text; otherwise further ones are seen by
+the teacher alone.
 
 TIPS is three objectives: `contrastive` (weight 1; half for web text, half for synthetic captions), `silc` (1), `masked` (2).
 """
