@@ -86,6 +86,48 @@ def test_value_and_gradients_equal_the_formula(all_patches):
         )
 
 
+TIMM = {  # pooled by average, class token and attention; with rotary positions
+    "vit_tiny_patch16_224": "avg",
+    "test_vit": "token",
+    "test_vit3": "map",  # as SigLIP's
+    "eva02_tiny_patch14_224": "avg",
+}
+
+
+def timm(name: str) -> dict:
+    size = 56 if name.startswith("eva02") else 48
+    vision = {"timm_model_name": name, "timm_pool": TIMM[name], "timm_proj": "linear", "image_size": size}
+    return recipe()["towers"]["custom"] | {"vision_cfg": vision, "custom_text": True}
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_timms_transformers_see_the_token_in_place_of_the_hidden_and_train(kind, tmp_path):
+    values = recipe(masked=SMALL, silc={**SMALL, "local_views": 1})
+    values["towers"]["custom"] = timm(kind)
+    values["train"] |= {"samples": 32, "micro_batch": 5}
+    run = loop.prepare(Recipe.model_validate(values), tmp_path / "run", resume=False)
+    batch = next(iter(run.stream.batches(until=1)))
+    objective = run.trainee.objectives["masked"].eval()
+    encoder, images, patches = objective.student, batch.views["image"], objective.patches
+    assert patches == (16 if kind.startswith("eva02") else 9)
+    nothing = torch.zeros(len(images), 0, dtype=torch.long)
+    whole = encoder.last(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(objective.fill(images, nothing), whole)
+    pooled, target = objective.tower(images)
+    torch.testing.assert_close(target, whole)
+    torch.testing.assert_close(pooled, encoder.pooled(images))
+    hidden = random_patches(len(images), patches, 1, images.device)
+    other, side = images.clone(), encoder.size // encoder.multiple
+    for picture, (at,) in enumerate(hidden.tolist()):
+        top, left = at // side * encoder.multiple, at % side * encoder.multiple
+        other[picture, :, top : top + encoder.multiple, left : left + encoder.multiple] = 9.0
+    torch.testing.assert_close(objective.fill(other, hidden), objective.fill(images, hidden))
+    assert (objective.fill(other, nothing) - whole).abs().max() > 0.01
+    rows = rows_of(loop.train(Recipe.model_validate(values), tmp_path / "trained", show=False))
+    assert all(torch.isfinite(torch.tensor(r["masked/patches"])) for r in rows)
+    assert rows[-1]["skipped_steps"] == 0
+
+
 def test_with_nothing_hidden_the_student_sees_what_the_encoder_sees():
     model, objective = made()
     seen = objective.fill(pictures(), torch.zeros(4, 0, dtype=torch.long))

@@ -35,7 +35,7 @@ from cutline.objectives.collapse import spread
 from cutline.objectives.contrastive import widen
 from cutline.towers import load_encoder
 from cutline.towers.model import Model
-from cutline.towers.vit import NativeViT, by_patches
+from cutline.towers.vit import NativeViT, check_hides
 
 LEAST = 0.01  # share of the pixels that is explained: below it training has collapsed, or not begun
 EPS = 1e-6  # of the norms and of the pixels' variance
@@ -103,7 +103,9 @@ class Objective(base.Objective):
 
     def __init__(self, config: Config, model: Model) -> None:
         super().__init__(config, model)
-        encoder = by_patches(load_encoder(model), "mae", "shows the tower some of the patches and no others")
+        encoder = load_encoder(model)
+        check_hides(encoder, (NativeViT,), "mae", "shows the tower some of the patches and no others")
+        assert isinstance(encoder, NativeViT)
         self._encoder: tuple[NativeViT] = (encoder,)  # in a tuple: not a part of this module
         self.grid: tuple[int, int] = encoder.visual.grid_size
         self.patch: int = encoder.multiple

@@ -11,12 +11,11 @@ EMA of the head alone, with the student's tower for a teacher, is left out.) Tea
 `teacher`. iBOT's term on the class token between crops is `silc`; TIPS is `contrastive` 1 + `silc` 1 + `masked` 2, and in
 such a recipe one teacher tower serves both.
 
-Only a plain transformer can be shown a token in place of a patch, and of those this knows open_clip's own.
+Only a plain transformer with a patch embedding can be shown a token in place of a patch: open_clip's own, and timm's (SigLIP,
+DINOv2, EVA-02, …). The token takes the patch's place before positions are added.
 
 Shapes: B pictures, N patches, C width of the tower.
 """
-
-import math
 
 import torch
 from pydantic import Field
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from cutline.objectives import base, teacher
 from cutline.towers.model import Model
-from cutline.towers.vit import NativeViT, by_patches
+from cutline.towers.vit import NativeViT, TimmViT, check_hides
 
 
 class Config(teacher.Config):
@@ -40,8 +39,9 @@ class Objective(teacher.SelfDistillation):
 
     def __init__(self, config: Config, model: Model) -> None:
         super().__init__(config, model)
-        encoder = by_patches(self.student, "masked", "shows the tower a token in place of patches")
-        self.patches = math.prod(encoder.visual.grid_size)
+        encoder = self.student
+        check_hides(encoder, (NativeViT, TimmViT), "masked", "shows the tower a token in place of patches")
+        self.patches = (encoder.size // encoder.multiple) ** 2
         self.masked = min(max(round(config.ratio * self.patches), 1), self.patches - 1)
         self.prototypes = teacher.Prototypes(encoder.channels[-1], config)
         self.token = nn.Parameter(nn.init.normal_(torch.empty(encoder.channels[-1]), std=0.02))
@@ -49,7 +49,7 @@ class Objective(teacher.SelfDistillation):
     def forward(self, batch: base.Batch, features: base.Features) -> dict[str, Tensor]:
         images = batch.views["image"]
         target = self.tower(images)[1]
-        assert target is not None  # of a NativeViT
+        assert target is not None  # of a plain ViT
         hidden = random_patches(len(images), self.patches, self.masked, images.device)
         said = self.fill(images, hidden)
         pictures = target.mean(1)  # of all places, as one differs from another in any case
@@ -60,14 +60,13 @@ class Objective(teacher.SelfDistillation):
     def fill(self, images: Tensor, hidden: Tensor) -> Tensor:
         """The student's patch features (B, N, C) where the patches `hidden` (B, n) are replaced by the token."""
         encoder = self.student
-        assert isinstance(encoder, NativeViT)
+        assert isinstance(encoder, NativeViT | TimmViT)
 
         def replace(x: Tensor) -> Tensor:
             mask = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, hidden, True)
             return torch.where(mask[..., None], self.token.to(x.dtype), x)
 
-        tokens, _ = encoder.embed(images, dropout=False, replace=replace)
-        return encoder.last_norm(encoder.visual.transformer(tokens)[:, encoder.prefix :])
+        return encoder.last_norm(encoder.replaced(images, replace)[1])
 
 
 def random_patches(pictures: int, patches: int, hidden: int, device: torch.device) -> Tensor:

@@ -41,7 +41,7 @@ from cutline.objectives.gather import world
 from cutline.towers import load_encoder
 from cutline.towers.encoder import Encoder
 from cutline.towers.model import Model
-from cutline.towers.vit import NativeViT
+from cutline.towers.vit import NativeViT, TimmViT
 
 AT_ONCE = 2**26  # logits made at a time (256 MiB): with 32,768 prototypes those of a batch's patches would fill a GPU
 
@@ -80,7 +80,7 @@ class Teacher(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """(B, 3, H, W) of the tower's size → pooled features (B, D) and those of patches (B, N, C), None of other towers
-        than open_clip's ViT. A second call with the same pictures gives what the first gave."""
+        than plain ViTs. A second call with the same pictures gives what the first gave."""
         if self._seen is None or images is not self._pictures:
             with torch.no_grad():
                 self._seen = self._look(images)
@@ -89,13 +89,10 @@ class Teacher(nn.Module):
 
     def _look(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         encoder = self.encoder
-        if not isinstance(encoder, NativeViT):
+        if not isinstance(encoder, NativeViT | TimmViT):
             return encoder.pooled(images), None
-        tokens = encoder.visual.transformer(encoder.embed(images, dropout=False)[0])
-        pooled, _ = encoder.visual._pool(tokens)
-        projection = encoder.visual.proj
-        seen = encoder.last_norm(tokens[:, encoder.prefix :])
-        return pooled if projection is None else pooled @ projection, seen
+        pooled, patches = encoder.replaced(images)
+        return pooled, encoder.last_norm(patches)
 
     def follow(self, model: nn.Module, step: int) -> None:
         """Move towards the tower of `model`, once a step however many objectives ask."""

@@ -155,20 +155,20 @@ def sees_patches_alone(encoder: "NativeViT | TimmViT") -> bool:
     return type(encoder.visual.trunk.patch_embed) is PatchEmbed
 
 
-def by_patches(encoder: Encoder, objective: str, does: str) -> NativeViT:
-    """The encoder, for an objective that hides patches. Raises `ConfigError` for towers that cannot be shown some of them:
-    open_clip's own can, if they see patches alone."""
-    if not isinstance(encoder, NativeViT) or not sees_patches_alone(encoder):
+def check_hides(encoder: Encoder, kinds: tuple[type[Encoder], ...], objective: str, does: str) -> None:
+    """Raise `ConfigError` for an encoder that is none of these `kinds`, sees more than a patch at a time, or has one patch: an
+    objective that hides patches cannot take it."""
+    if not isinstance(encoder, kinds) or not sees_patches_alone(encoder):  # type: ignore[arg-type]
+        whose = "of open_clip and timm" if TimmViT in kinds else "of open_clip's own"
         raise ConfigError(
-            f"objectives.{objective} {does}, which only open_clip's own vision transformers with a patch embedding can take, "
+            f"objectives.{objective} {does}, which only vision transformers {whose} with a patch embedding can take, "
             f"and {encoder.name} is another: train ViT-B-16 or a preset such as vit-tiny-64, or take objectives.silc, which "
             "works with every tower."
         )
-    if math.prod(encoder.visual.grid_size) < 2:
+    if encoder.size < 2 * encoder.multiple:
         raise ConfigError(
             f"objectives.{objective}: {encoder.name} makes one patch of a picture, so none can be masked."
         )
-    return encoder
 
 
 class TimmViT(Encoder):
@@ -252,11 +252,18 @@ class TimmViT(Encoder):
         norm = getattr(trunk, "fc_norm", None) or nn.Identity()
         return pooled, _to_map(norm(x[:, -math.prod(grid) :]), grid)
 
-    def replaced(self, images: Tensor, replace: Replace) -> tuple[Tensor, Tensor]:
+    def last_norm(self, tokens: Tensor) -> Tensor:
+        """As `NativeViT.last_norm`; of towers that pool by averaging with the norm that comes after."""
+        trunk = self.visual.trunk
+        after: Any = getattr(trunk, "fc_norm", None) or nn.Identity()
+        normed: Tensor = after(trunk.norm(tokens))
+        return normed
+
+    def replaced(self, images: Tensor, replace: Replace | None = None) -> tuple[Tensor, Tensor]:
         """As `NativeViT.replaced`."""
 
         def put(module: nn.Module, inputs: Any, found: Tensor) -> Tensor:  # found: (B, N, C), or (B, h, w, C)
-            return replace(found.flatten(1, -2)).view(found.shape)
+            return found if replace is None else replace(found.flatten(1, -2)).view(found.shape)
 
         with self._fitted(images, dense=True) as trunk:
             handle = trunk.patch_embed.register_forward_hook(put)
