@@ -43,8 +43,8 @@ CACHED = "contrastive, micro-batches of 16"
 class Steps:
     """A run of one arm in a temporary folder, with its batches at hand."""
 
-    def __init__(self, arm: str, folder: Path, count: int) -> None:
-        plan = load_plan(PLAN)
+    def __init__(self, arm: str, folder: Path, count: int, overrides: list[str]) -> None:
+        plan = load_plan(PLAN, overrides)
         recipe = plan.recipe("contrastive" if arm == CACHED else arm, 0)
         recipe.data.pairs = str(folder / "scenes.lance") if recipe.data.replay else SCENES
         if arm == CACHED:
@@ -67,14 +67,14 @@ class Steps:
         return counter.get_total_flops()
 
 
-def child(arm: str, alone: bool, steps: int, folder: Path) -> dict[str, Any]:
+def child(arm: str, alone: bool, steps: int, folder: Path, overrides: list[str]) -> dict[str, Any]:
     """Seconds and FLOPs of `arm` and contrastive in turns; or the memory of `arm` alone."""
-    ours = Steps(arm, folder, steps + 1)
+    ours = Steps(arm, folder, steps + 1, overrides)
     if alone:
         for i in range(3):
             ours.step(min(i, steps))
         return {"gib": peak_memory(ours.run.device)}
-    base = Steps("contrastive", folder / "base", steps + 1)
+    base = Steps("contrastive", folder / "base", steps + 1, overrides)
     flops = [s.flops() for s in (ours, base)]  # the first step, which is not timed
     times = [[s.step(i) for s in (ours, base)] for i in range(1, steps + 1)]
     return {"flops": flops, "seconds": [statistics.median(t) for t in zip(*times, strict=True)]}
@@ -96,12 +96,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--arm", nargs="*", help="only these")
+    parser.add_argument(
+        "--override", nargs="*", default=[], help="of the study, such as arms.mae.objectives.mae.width=128"
+    )
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.child:
         arm, alone, folder = args.child
-        print(json.dumps(child(arm, alone == "alone", args.steps, Path(folder))))
+        print(json.dumps(child(arm, alone == "alone", args.steps, Path(folder), args.override)))
         return
     plan = load_plan(PLAN)
     arms = [a for a, o in plan.arms.items() if o is not None and "train.samples" not in o] + [CACHED]
@@ -115,7 +118,10 @@ def main() -> None:
                     (Path(folder) / "scenes.lance").symlink_to(Path(made) / "scenes.lance")
                     command = [sys.executable, __file__, "--steps", str(args.steps), "--threads", str(args.threads)]
                     done = subprocess.run(
-                        [*command, "--child", arm, how, folder], check=True, stdout=subprocess.PIPE, text=True
+                        [*command, "--override", *args.override, "--child", arm, how, folder],
+                        check=True,
+                        stdout=subprocess.PIPE,
+                        text=True,
                     )
                 found |= json.loads(done.stdout.splitlines()[-1])
             seconds, flops = found["seconds"], found["flops"]

@@ -263,14 +263,16 @@ class TimmViT(Encoder):
         """As `NativeViT.replaced`."""
 
         def put(module: nn.Module, inputs: Any, found: Tensor) -> Tensor:  # found: (B, N, C), or (B, h, w, C)
-            return found if replace is None else replace(found.flatten(1, -2)).view(found.shape)
+            assert replace is not None
+            return replace(found.flatten(1, -2)).view(found.shape)
 
         with self._fitted(images, dense=True) as trunk:
-            handle = trunk.patch_embed.register_forward_hook(put)
+            handle = None if replace is None else trunk.patch_embed.register_forward_hook(put)
             try:
                 x, (patches,) = trunk.forward_intermediates(images, indices=1, output_fmt="NLC")
             finally:
-                handle.remove()
+                if handle is not None:
+                    handle.remove()
             return getattr(self.visual, "head", nn.Identity())(trunk.forward_head(x)), patches
 
     def project(self, last: Tensor) -> Tensor:

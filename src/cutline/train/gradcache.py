@@ -40,12 +40,14 @@ class Cached(Features):
 
     def run(self, tower: Tower, inputs: Tensor) -> dict[str, Tensor]:
         parts, states, found = torch.split(inputs, self.rows), [], []
-        statistics = [b.clone() for b in self.model.buffers()]  # of batch norms: the second pass moves them
+        # Batch norms' numbers alone: the second pass moves them, and to write others would break graphs that have read them.
+        norms = _buffers(self.model, "running_mean", "running_var", "num_batches_tracked")
+        before = [b.clone() for b in norms]
         with torch.no_grad(), self.precision():
             for part in parts:
                 states.append(_random_state(inputs.device))
                 found.append(tower(part))
-        _copy(self.model.buffers(), statistics)
+        _copy(norms, before)
         leaves = {what: torch.cat([f[what] for f in found]).requires_grad_() for what in found[0]}
         self._passes.append((tower, parts, states, leaves))
         return leaves
@@ -54,7 +56,7 @@ class Cached(Features):
         """Let the gradients that the features have got flow on into the towers."""
         for tower, parts, states, leaves in self._passes:
             given = {what: torch.split(leaf.grad, self.rows) for what, leaf in leaves.items() if leaf.grad is not None}
-            averages = [b for n, b in self.model.named_buffers() if n.endswith(("running_mean", "running_var"))]
+            averages = _buffers(self.model, "running_mean", "running_var")
             start, moved = ([x.clone() for x in averages] for _ in range(2))
             for i, (part, state) in enumerate(zip(parts, states, strict=True) if given else ()):
                 _copy(averages, start)
@@ -127,8 +129,11 @@ def average_gradients(module: nn.Module) -> None:
 
 def _copy(to: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     for tensor, value in zip(to, values, strict=True):
-        if not torch.equal(tensor, value):  # a graph that reads the tensor would have its backward pass refused
-            tensor.copy_(value)
+        tensor.copy_(value)
+
+
+def _buffers(model: nn.Module, *names: str) -> list[Tensor]:
+    return [b for n, b in model.named_buffers() if n.endswith(names)]
 
 
 def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
