@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -130,17 +131,18 @@ def reinforced(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, reinforced) -> dict[str, Path]:
-    """Every recipe for scenes, three steps without a stop."""
-    folder = tmp_path_factory.mktemp("whole")
-    return {
-        name: loop.train(Recipe.model_validate(small(name, reinforced)), folder / name, show=False) for name in SCENES
-    }
+def whole(tmp_path_factory, reinforced) -> dict[str, list[dict[str, Any]]]:
+    """What every recipe for scenes logs in three steps without a stop."""
+    folder, rows = tmp_path_factory.mktemp("whole"), {}
+    for name in SCENES:
+        rows[name] = rows_of(loop.train(Recipe.model_validate(small(name, reinforced)), folder / name, show=False))
+        shutil.rmtree(folder / name)  # its checkpoints are 100 to 400 MB
+    return rows
 
 
 @pytest.mark.parametrize("name", SCENES)
 def test_recipes_for_scenes_train_and_resume_exactly(name, whole, reinforced, tmp_path):
-    rows = rows_of(whole[name])
+    rows = whole[name]
     assert all(math.isfinite(r["loss"]) for r in rows)
     assert rows[-1]["skipped_steps"] == 0
     objectives = small(name)["objectives"].keys()
@@ -179,19 +181,21 @@ leave()
 
 
 @pytest.fixture(scope="module")
-def on_two(tmp_path_factory, reinforced) -> Path:
+def on_two(tmp_path_factory, reinforced) -> dict[str, list[dict[str, Any]]]:
     """The same on two processes, one after the other."""
     folder = tmp_path_factory.mktemp("two")
     for name in SCENES:
         (folder / f"{name}.yaml").write_text(dump(Recipe.model_validate(small(name, reinforced))))
     on_two_processes(TWO, str(folder), folder=folder)
-    return folder
+    rows = {name: rows_of(folder / name) for name in SCENES}
+    shutil.rmtree(folder)
+    return rows
 
 
 @pytest.mark.parametrize("name", SCENES)
 def test_recipes_for_scenes_train_on_two_processes_as_on_one(name, whole, on_two):
     """But for the patches that masked and mae draw, each process for its own pictures."""
-    one, two = rows_of(whole[name]), rows_of(on_two / name)
+    one, two = whole[name], on_two[name]
     assert len(one) == len(two) == 3
     drawn = ("masked/", "mae/")
     names = [k for k in one[0] if k.split("/")[0] in small(name)["objectives"] and not k.startswith(drawn)]
