@@ -36,6 +36,31 @@ def recipe(text: dict[str, Any] | None = None, **methods: Any) -> dict[str, Any]
     }  # fmt: skip
 
 
+TIMM = {  # pooled by average, class token and attention; with rotary positions
+    "vit_tiny_patch16_224": "avg",
+    "test_vit": "token",
+    "test_vit3": "map",  # as SigLIP's
+    "eva02_tiny_patch14_224": "avg",
+}
+
+
+def timm(name: str) -> dict[str, Any]:
+    """`towers.custom` with one of timm's plain transformers."""
+    size = 56 if name.startswith("eva02") else 48
+    vision = {"timm_model_name": name, "timm_pool": TIMM[name], "timm_proj": "linear", "image_size": size}
+    return recipe()["towers"]["custom"] | {"vision_cfg": vision, "custom_text": True}
+
+
+def painted(images: Tensor, places: Tensor, patch: int) -> Tensor:
+    """Pictures (B, 3, H, W) that differ at the patches `places` (B, n), each of `patch`² pixels."""
+    other, side = images.clone(), images.shape[-1] // patch
+    for picture, patches in enumerate(places.tolist()):
+        for at in patches:
+            top, left = at // side * patch, at % side * patch
+            other[picture, :, top : top + patch, left : left + patch] = 9.0
+    return other
+
+
 def rows_of(run: Path) -> list[dict[str, Any]]:
     """The lines of a run's metrics."""
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from objectives_made import recipe, rows_of, same_values_and_gradients, stopped_and_resumed
+from objectives_made import TIMM, painted, recipe, rows_of, same_values_and_gradients, stopped_and_resumed, timm
 from processes import LEAVE, on_two_processes
 from torch import Tensor, nn
 
@@ -131,24 +131,46 @@ def test_positions_of_the_decoder_are_fixed_sines_and_cosines():
 
 
 def test_with_all_visible_it_is_the_encoder():
-    model, objective = made()
+    model, _ = made()
     images = pictures()
-    seen = objective.encode(images, torch.arange(9).expand(4, 9))
+    seen = towers.load_encoder(model).shown(images, torch.arange(9).expand(4, 9))
     torch.testing.assert_close(seen[:, 1:], towers.load_encoder(model).last(images).flatten(2).transpose(1, 2))
 
 
 def test_the_encoder_sees_nothing_of_a_masked_patch_and_is_as_long_as_what_it_sees():
-    model, objective = made()
+    model, _ = made()
+    encoder = towers.load_encoder(model)
     images, visible = pictures(2), torch.tensor([[0, 5], [1, 2]])
     lengths: list[int] = []
     model.visual.transformer.register_forward_hook(lambda _, args, __: lengths.append(args[0].shape[1]))
-    before = objective.encode(images, visible)
+    before = encoder.shown(images, visible)
     other = images.clone()
     other[0, :, 32:] = 9.0  # patches 6, 7, 8
     other[1, :, 0, 20] += 1  # of patch 1
-    changed = (objective.encode(other, visible) - before).abs().amax((1, 2)) > 1e-9
+    changed = (encoder.shown(other, visible) - before).abs().amax((1, 2)) > 1e-9
     assert changed.tolist() == [False, True]
     assert lengths == [3, 3]
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_timms_transformers_see_what_is_visible_alone_and_train(kind, tmp_path):
+    values = recipe(mae=SMALL)
+    values["towers"]["custom"] = timm(kind)
+    values["train"] |= {"samples": 32}
+    run = loop.prepare(Recipe.model_validate(values), tmp_path / "run", resume=False)
+    images = next(iter(run.stream.batches(until=1))).views["image"]
+    encoder = towers.load_encoder(run.trainee.model.eval())
+    order = run.trainee.objectives["mae"].order(len(images), images.device)
+    whole = encoder.last(images).flatten(2).transpose(1, 2)
+    shown = encoder.shown(images, order)[:, -order.shape[1] :]  # positions go with their patches
+    torch.testing.assert_close(shown, torch.take_along_dim(whole, order[..., None], dim=1))
+    masked, visible = order[:, :3], order[:, 3:]
+    before, after = (encoder.shown(x, visible) for x in (images, painted(images, masked, encoder.multiple)))
+    torch.testing.assert_close(after, before)
+    assert (encoder.shown(painted(images, order[:, 3:4], encoder.multiple), visible) - before).abs().max() > 0.01
+    rows = rows_of(loop.train(Recipe.model_validate(values), tmp_path / "trained", show=False))
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert rows[-1]["skipped_steps"] == 0
 
 
 def test_targets_are_patches_with_mean_0_and_unbiased_variance_1():
@@ -186,6 +208,10 @@ def test_towers_that_cannot_leave_patches_out_are_refused():
     timm = {"timm_model_name": "resnet10t", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64}
     model = towers.build(towers.TowerConfig(custom=custom | {"vision_cfg": timm, "custom_text": True}))
     with pytest.raises(ConfigError, match="objectives.mae.*vit-tiny-64.*objectives.silc"):
+        Objective(Config(), model)
+    relative = timm | {"timm_model_name": "test_vit_relpos", "image_size": 160}  # biases for the pairs of all patches
+    model = towers.build(towers.TowerConfig(custom=custom | {"vision_cfg": relative, "custom_text": True}))
+    with pytest.raises(ConfigError, match="objectives.mae shows the tower some of the patches"):
         Objective(Config(), model)
     with pytest.raises(ConfigError, match="coca-tiny-64 is another"):  # its convolutions see beyond a patch
         Objective(Config(), towers.build(towers.TowerConfig(model="coca-tiny-64")))

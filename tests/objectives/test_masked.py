@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from objectives_made import recipe, rows_of
+from objectives_made import TIMM, painted, recipe, rows_of, timm
 from torch import Tensor
 
 from cutline import towers
@@ -86,20 +86,6 @@ def test_value_and_gradients_equal_the_formula(all_patches):
         )
 
 
-TIMM = {  # pooled by average, class token and attention; with rotary positions
-    "vit_tiny_patch16_224": "avg",
-    "test_vit": "token",
-    "test_vit3": "map",  # as SigLIP's
-    "eva02_tiny_patch14_224": "avg",
-}
-
-
-def timm(name: str) -> dict:
-    size = 56 if name.startswith("eva02") else 48
-    vision = {"timm_model_name": name, "timm_pool": TIMM[name], "timm_proj": "linear", "image_size": size}
-    return recipe()["towers"]["custom"] | {"vision_cfg": vision, "custom_text": True}
-
-
 @pytest.mark.parametrize("kind", TIMM)
 def test_timms_transformers_see_the_token_in_place_of_the_hidden_and_train(kind, tmp_path):
     values = recipe(masked=SMALL, silc={**SMALL, "local_views": 1})
@@ -117,10 +103,7 @@ def test_timms_transformers_see_the_token_in_place_of_the_hidden_and_train(kind,
     torch.testing.assert_close(target, whole)
     torch.testing.assert_close(pooled, encoder.pooled(images))
     hidden = random_patches(len(images), patches, 1, images.device)
-    other, side = images.clone(), encoder.size // encoder.multiple
-    for picture, (at,) in enumerate(hidden.tolist()):
-        top, left = at // side * encoder.multiple, at % side * encoder.multiple
-        other[picture, :, top : top + encoder.multiple, left : left + encoder.multiple] = 9.0
+    other = painted(images, hidden, encoder.multiple)
     torch.testing.assert_close(objective.fill(other, hidden), objective.fill(images, hidden))
     assert (objective.fill(other, nothing) - whole).abs().max() > 0.01
     rows = rows_of(loop.train(Recipe.model_validate(values), tmp_path / "trained", show=False))

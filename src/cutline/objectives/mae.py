@@ -15,8 +15,9 @@ The decoder is thrown away. Pixels are predicted where they are masked, and only
 
 The reference's encoder has fixed positions as well and no norm before its first block; ours is the tower as it is, with
 its learned ones (`pos_embed_type: sin_cos_2d` in a custom vision_cfg fixes them). Neither the projection to the joint
-space nor a text tower takes part. With a patch embedding that sees beyond its patch (the convolutional stem of our
-CoCas) the visible would tell of the masked, so it is refused.
+space nor a text tower takes part. Plain transformers can be shown a part of their patches: open_clip's own, timm's ViTs
+(SigLIP, DINOv2, …) and EVA-02. With a patch embedding that sees beyond its patch (the convolutional stem of our CoCas)
+the visible would tell of the masked, so it is refused.
 
 Shapes: B pictures, N patches, V visible ones, M masked ones (N = V + M), C width of the tower, W of the decoder, n = 3·p².
 """
@@ -35,7 +36,7 @@ from cutline.objectives.collapse import spread
 from cutline.objectives.contrastive import widen
 from cutline.towers import load_encoder
 from cutline.towers.model import Model
-from cutline.towers.vit import NativeViT, check_hides
+from cutline.towers.vit import NativeViT, TimmViT, check_hides
 
 LEAST = 0.01  # share of the pixels that is explained: below it training has collapsed, or not begun
 EPS = 1e-6  # of the norms and of the pixels' variance
@@ -87,11 +88,12 @@ class Decoder(nn.Module):
         x = self.enter(seen)
         prefix = x.shape[1] - visible.shape[1]
         patches = self.token.to(x.dtype).expand(len(x), len(self.positions), -1)
-        patches = patches.scatter(1, wide(visible, x), x[:, prefix:]) + self.positions.to(x.dtype)
+        places = visible[..., None].expand(-1, -1, x.shape[2])
+        patches = patches.scatter(1, places, x[:, prefix:]) + self.positions.to(x.dtype)
         x = torch.cat([x[:, :prefix], patches], dim=1)
         for block in self.blocks:
             x = block(x)
-        said: Tensor = self.pixels(self.norm(x[:, prefix:].gather(1, wide(masked, x))))
+        said: Tensor = self.pixels(self.norm(torch.take_along_dim(x[:, prefix:], masked[..., None], dim=1)))
         return said
 
 
@@ -104,12 +106,12 @@ class Objective(base.Objective):
     def __init__(self, config: Config, model: Model) -> None:
         super().__init__(config, model)
         encoder = load_encoder(model)
-        check_hides(encoder, (NativeViT,), "mae", "shows the tower some of the patches and no others")
-        assert isinstance(encoder, NativeViT)
-        self._encoder: tuple[NativeViT] = (encoder,)  # in a tuple: not a part of this module
-        self.grid: tuple[int, int] = encoder.visual.grid_size
-        self.patch: int = encoder.multiple
-        patches = self.grid[0] * self.grid[1]
+        check_hides(encoder, "mae", "shows the tower some of the patches and no others", apart=True)
+        assert isinstance(encoder, NativeViT | TimmViT)
+        self._encoder: tuple[NativeViT | TimmViT] = (encoder,)  # in a tuple: not a part of this module
+        self.patch = encoder.multiple
+        side = encoder.size // self.patch
+        self.grid, patches = (side, side), side**2
         self.masked = min(max(round(config.ratio * patches), 1), patches - 1)
         self.decoder = Decoder(encoder.channels[-1], self.grid, 3 * self.patch**2, config)
 
@@ -118,12 +120,12 @@ class Objective(base.Objective):
         images = batch.views["image"]
         order = self.order(len(images), images.device)
         masked, visible = order[:, : self.masked], order[:, self.masked :]
-        seen = self.encode(images, visible)
+        seen = self._encoder[0].shown(images, visible)
         said = widen(self.decoder(seen, visible, masked))
         with torch.autocast(images.device.type, enabled=False):
             told = normalised(patchify(images, self.grid, self.patch))
-            loss = (said - told.gather(1, wide(masked, said))).square().mean()
-            self.logged = spread(seen[:, self._encoder[0].prefix :].mean(1))
+            loss = (said - torch.take_along_dim(told, masked[..., None], dim=1)).square().mean()
+            self.logged = spread(seen[:, -visible.shape[1] :].mean(1))
             if len(images) > 1:
                 self.logged["explained"] = 1 - loss.detach() / _variance(told).clamp(min=EPS)
         return {"pixels": loss}
@@ -132,14 +134,6 @@ class Objective(base.Objective):
         """The patches of each picture in random order (B, N), of which the first `masked` are masked; drawn from torch's
         generator of this process, which a checkpoint keeps."""
         return torch.rand(pictures, self.grid[0] * self.grid[1], device=device).argsort(1)
-
-    def encode(self, images: Tensor, visible: Tensor) -> Tensor:
-        """Class tokens and the patches `visible` (B, V), after the tower's last norm: (B, P + V, C)."""
-        encoder = self._encoder[0]
-        prefix = encoder.prefix
-        x, _ = encoder.embed(images, dropout=False)  # the masked ones are embedded too, which costs next to nothing
-        x = torch.cat([x[:, :prefix], x[:, prefix:].gather(1, wide(visible, x))], dim=1)
-        return encoder.last_norm(encoder.visual.transformer(x))
 
     def after_step(self, model: nn.Module, step: int) -> None:
         explained = float(self.logged.get("explained", 1.0))
@@ -170,8 +164,3 @@ def normalised(patches: Tensor) -> Tensor:
 def _variance(x: Tensor) -> Tensor:
     """The unbiased variance over pictures, mean over places and pixels; `Tensor.var` takes ten times as long on a CPU."""
     return (x.square().mean() - x.mean(0).square().mean()) * len(x) / (len(x) - 1)
-
-
-def wide(places: Tensor, like: Tensor) -> Tensor:
-    """Places (B, V) as an index of whole rows of `like` (B, …, W): (B, V, W)."""
-    return places[..., None].expand(-1, -1, like.shape[-1])

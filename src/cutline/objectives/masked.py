@@ -40,7 +40,7 @@ class Objective(teacher.SelfDistillation):
     def __init__(self, config: Config, model: Model) -> None:
         super().__init__(config, model)
         encoder = self.student
-        check_hides(encoder, (NativeViT, TimmViT), "masked", "shows the tower a token in place of patches")
+        check_hides(encoder, "masked", "shows the tower a token in place of patches")
         self.patches = (encoder.size // encoder.multiple) ** 2
         self.masked = min(max(round(config.ratio * self.patches), 1), self.patches - 1)
         self.prototypes = teacher.Prototypes(encoder.channels[-1], config)
@@ -54,7 +54,7 @@ class Objective(teacher.SelfDistillation):
         said = self.fill(images, hidden)
         pictures = target.mean(1)  # of all places, as one differs from another in any case
         if not self.config.all_patches:
-            target, said = (x.gather(1, hidden[..., None].expand(-1, -1, x.shape[2])) for x in (target, said))
+            target, said = (torch.take_along_dim(x, hidden[..., None], dim=1) for x in (target, said))
         return {"patches": self.distil(target.flatten(0, 1)[:, None], said.flatten(0, 1)[:, None], pictures)}
 
     def fill(self, images: Tensor, hidden: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import torch
 from timm.layers import Format, PatchEmbed, resample_abs_pos_embed
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -115,6 +117,12 @@ class NativeViT(Encoder):
         pooled, _ = v._pool(x)
         return pooled if v.proj is None else pooled @ v.proj, x[:, self.prefix :]
 
+    def shown(self, images: Tensor, places: Tensor) -> Tensor:
+        """Prefix tokens and the patches `places` (B, V), which alone enter the blocks, after the last norm: (B, P + V, C). Of
+        normalised pictures that need no padding; all their patches are embedded, which costs next to nothing."""
+        x, _ = self.embed(images, dropout=False)
+        return self.last_norm(self.visual.transformer(_kept(x, places, self.prefix)))
+
     def classes_and_last(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """As `pooled_and_last`, of a tower with two class tokens: (B, 2, D) and the map."""
         v = self.visual
@@ -155,14 +163,16 @@ def sees_patches_alone(encoder: "NativeViT | TimmViT") -> bool:
     return type(encoder.visual.trunk.patch_embed) is PatchEmbed
 
 
-def check_hides(encoder: Encoder, kinds: tuple[type[Encoder], ...], objective: str, does: str) -> None:
-    """Raise `ConfigError` for an encoder that is none of these `kinds`, sees more than a patch at a time, or has one patch: an
-    objective that hides patches cannot take it."""
-    if not isinstance(encoder, kinds) or not sees_patches_alone(encoder):  # type: ignore[arg-type]
-        whose = "of open_clip and timm" if TimmViT in kinds else "of open_clip's own"
+def check_hides(encoder: Encoder, objective: str, does: str, apart: bool = False) -> None:
+    """Raise `ConfigError` for an encoder that is no plain transformer, sees more than a patch at a time, or has one patch: an
+    objective that hides patches cannot take it. apart: it must take some patches without the others, too."""
+    takes = isinstance(encoder, NativeViT | TimmViT) and sees_patches_alone(encoder)
+    if takes and apart and isinstance(encoder, TimmViT):  # others (BEiT, SAM) have biases or windows for the whole grid
+        takes = isinstance(encoder.visual.trunk, VisionTransformer | Eva)
+    if not takes:
         raise ConfigError(
-            f"objectives.{objective} {does}, which only vision transformers {whose} with a patch embedding can take, "
-            f"and {encoder.name} is another: train ViT-B-16 or a preset such as vit-tiny-64, or take objectives.silc, which "
+            f"objectives.{objective} {does}, which only vision transformers of open_clip and timm with a patch embedding can "
+            f"take, and {encoder.name} is another: train ViT-B-16 or a preset such as vit-tiny-64, or take objectives.silc, which "
             "works with every tower."
         )
     if encoder.size < 2 * encoder.multiple:
@@ -275,6 +285,17 @@ class TimmViT(Encoder):
                     handle.remove()
             return getattr(self.visual, "head", nn.Identity())(trunk.forward_head(x)), patches
 
+    def shown(self, images: Tensor, places: Tensor) -> Tensor:
+        """As `NativeViT.shown`: the trunk's patch dropout, which also picks rotary positions, keeps these places meanwhile."""
+        with self._fitted(images, dense=True) as trunk:
+            own = trunk.patch_drop
+            trunk.patch_drop = _Keep(places, trunk.num_prefix_tokens, indices=isinstance(trunk, Eva))
+            try:
+                x = trunk.forward_features(images)
+            finally:
+                trunk.patch_drop = own
+        return cast(Tensor, (getattr(trunk, "fc_norm", None) or nn.Identity())(x))
+
     def project(self, last: Tensor) -> Tensor:
         trunk, x = self.visual.trunk, last.movedim(1, -1)
         pool = getattr(trunk, "attn_pool", None)
@@ -289,6 +310,23 @@ class TimmViT(Encoder):
 
     def layer_of(self, parameter_name: str) -> int:
         return self._layers.get(parameter_name.removeprefix("visual.trunk."), self.num_layers)
+
+
+class _Keep(nn.Module):
+    """Stands in for timm's `PatchDropout`, or `PatchDropoutWithIndices`: keeps the patches at `places` (B, V)."""
+
+    def __init__(self, places: Tensor, prefix: int, indices: bool) -> None:
+        super().__init__()
+        self.places, self.prefix, self.indices = places, prefix, indices
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        kept = _kept(x, self.places, self.prefix)
+        return (kept, self.places) if self.indices else kept
+
+
+def _kept(x: Tensor, places: Tensor, prefix: int) -> Tensor:
+    """The first `prefix` tokens (B, P + N, C), and of the others those at `places` (B, V): (B, P + V, C)."""
+    return torch.cat([x[:, :prefix], torch.take_along_dim(x[:, prefix:], places[..., None], dim=1)], dim=1)
 
 
 def _allow_any_size(trunk: Any) -> bool:
