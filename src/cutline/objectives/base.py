@@ -112,7 +112,7 @@ class Features:
 
     def __init__(self, model: Any, batch: Batch, encoder: Any = None) -> None:
         self.model, self.batch, self.encoder = model, batch, encoder
-        self.at_once: int | None = None  # rows that an objective's own passes take at a time; None: all
+        self.rows: int | None = None  # that an objective passes through towers of its own at a time; None: all
         self.gives_tokens = bool(getattr(model, "gives_tokens", False))
         self._cache: dict[tuple[str, str], Tensor] = {}
 

@@ -88,7 +88,7 @@ class Objective(base.Objective):
         """One term per text source; what it cannot fall below, the entropy of the teachers' softmaxes times the source's
         weight, is logged (`entropy`)."""
         given = self.config.logit_scales
-        taught = self.online[0](batch, given, features.at_once) if self.online else stored(batch, given)
+        taught = self.online[0](batch, given, features.rows) if self.online else stored(batch, given)
         image, scale, (_, size) = widen(features.image()), features.logit_scale(), world()
         compare = partial(chunked, partial(_rows, taught.widths), self.config.chunk)
         pictures = (gather(image), gather_plain(taught.image), scale)  # of all processes, for all sources

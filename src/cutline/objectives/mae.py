@@ -36,7 +36,7 @@ from cutline.objectives.collapse import spread
 from cutline.objectives.contrastive import widen
 from cutline.towers import load_encoder
 from cutline.towers.model import Model
-from cutline.towers.vit import NativeViT, TimmViT, check_hides
+from cutline.towers.vit import NativeViT, TimmViT, check_hides, picked
 
 LEAST = 0.01  # share of the pixels that is explained: below it training has collapsed, or not begun
 EPS = 1e-6  # of the norms and of the pixels' variance
@@ -93,7 +93,7 @@ class Decoder(nn.Module):
         x = torch.cat([x[:, :prefix], patches], dim=1)
         for block in self.blocks:
             x = block(x)
-        said: Tensor = self.pixels(self.norm(torch.take_along_dim(x[:, prefix:], masked[..., None], dim=1)))
+        said: Tensor = self.pixels(self.norm(picked(x[:, prefix:], masked)))
         return said
 
 
@@ -124,7 +124,7 @@ class Objective(base.Objective):
         said = widen(self.decoder(seen, visible, masked))
         with torch.autocast(images.device.type, enabled=False):
             told = normalised(patchify(images, self.grid, self.patch))
-            loss = (said - torch.take_along_dim(told, masked[..., None], dim=1)).square().mean()
+            loss = (said - picked(told, masked)).square().mean()
             self.logged = spread(seen[:, -visible.shape[1] :].mean(1))
             if len(images) > 1:
                 self.logged["explained"] = 1 - loss.detach() / _variance(told).clamp(min=EPS)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from cutline.objectives import base, teacher
 from cutline.towers.model import Model
-from cutline.towers.vit import NativeViT, TimmViT, check_hides
+from cutline.towers.vit import NativeViT, TimmViT, check_hides, picked
 
 
 class Config(teacher.Config):
@@ -54,7 +54,7 @@ class Objective(teacher.SelfDistillation):
         said = self.fill(images, hidden)
         pictures = target.mean(1)  # of all places, as one differs from another in any case
         if not self.config.all_patches:
-            target, said = (torch.take_along_dim(x, hidden[..., None], dim=1) for x in (target, said))
+            target, said = (picked(x, hidden) for x in (target, said))
         return {"patches": self.distil(target.flatten(0, 1)[:, None], said.flatten(0, 1)[:, None], pictures)}
 
     def fill(self, images: Tensor, hidden: Tensor) -> Tensor:

@@ -324,9 +324,14 @@ class _Keep(nn.Module):
         return (kept, self.places) if self.indices else kept
 
 
+def picked(x: Tensor, places: Tensor) -> Tensor:
+    """Of (B, N, C) the rows `places` (B, V): (B, V, C). (`take_along_dim` would write its index out, of the result's size.)"""
+    return x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))
+
+
 def _kept(x: Tensor, places: Tensor, prefix: int) -> Tensor:
     """The first `prefix` tokens (B, P + N, C), and of the others those at `places` (B, V): (B, P + V, C)."""
-    return torch.cat([x[:, :prefix], torch.take_along_dim(x[:, prefix:], places[..., None], dim=1)], dim=1)
+    return torch.cat([x[:, :prefix], picked(x[:, prefix:], places)], dim=1)
 
 
 def _allow_any_size(trunk: Any) -> bool:

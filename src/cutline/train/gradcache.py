@@ -32,9 +32,11 @@ from cutline.objectives.gather import world
 class Cached(Features):
     """Features whose passes are made some rows at a time; call `backward` when the loss has had its own."""
 
+    rows: int
+
     def __init__(self, model: Any, batch: Batch, encoder: Any, rows: int, precision: "Precision") -> None:
         super().__init__(model, batch, encoder)
-        self.rows = self.at_once = rows
+        self.rows = rows
         self.precision = precision
         self._passes: list[tuple[Tower, Sequence[Tensor], list[Any], dict[str, Tensor]]] = []
 
