@@ -341,5 +341,10 @@ def test_the_protocol_keeps_options_of_the_data_apart_from_those_of_the_run(
     settings = depth(encoder, f"folder:{folder()},scale=0.001", config).protocol.settings
     assert settings["scale"] == [0.8, 1.25]
     assert settings["data"] == {"scale": 0.001}
-    with pytest.raises(ConfigError, match="a frozen encoder keeps no activations"):
-        check(SegmentConfig, {"frozen": True, "grad_checkpointing": True})
+
+
+@pytest.mark.parametrize("option", [{"grad_checkpointing": True}, {"layer_decay": 0.8}, {"drop_path": 0.2}])
+def test_an_option_that_a_frozen_encoder_would_ignore_is_refused(option: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"a frozen encoder is not trained: leave {next(iter(option))}"):
+        check(SegmentConfig, {"frozen": True, **option})
+    check(SegmentConfig, {"frozen": True, "layer_decay": 1, "drop_path": 0})  # which say the same

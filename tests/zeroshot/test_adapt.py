@@ -394,7 +394,7 @@ def test_recipes_are_configs_and_say_what_the_paper_does(name: str) -> None:
         assert found == pytest.approx(paper[name])
 
 
-def test_towers_that_cannot_be_masked_and_options_without_a_use_are_told(data: DenseData) -> None:
+def test_towers_that_cannot_be_masked_learn_without_and_options_without_a_use_are_told(data: DenseData) -> None:
     config = AdaptConfig(**QUICK)
     with pytest.raises(CutlineError, match="without a text tower"):
         adapt("scratch:resnet18", data, config)
@@ -402,6 +402,9 @@ def test_towers_that_cannot_be_masked_and_options_without_a_use_are_told(data: D
     for vision in ({"layers": [1, 1, 1, 1], "width": 8}, stem):
         with pytest.raises(ConfigError, match="vision transformers of open_clip and timm with a patch embedding"):
             fit(build(**vision), data, config, None, False)
+        learnt = fit(build(**vision), data, config.model_copy(update={"mask": 0.0}), None, False)
+        pixels = batch_of(data, learnt).strong / 255
+        assert not torch.allclose(learnt.start[0].pooled(pixels), learnt.encoder.eval().pooled(pixels), atol=1e-4)
     places = build(**KINDS["siglip"])
     places.visual.trunk.attn_pool.pos_embed = torch.nn.Parameter(torch.zeros(101, 96))
     with pytest.raises(ConfigError, match="pools by attention with positions.* say align=0"):

@@ -63,9 +63,11 @@ class TransferConfig(Config):
         return value
 
     @model_validator(mode="after")
-    def _activations(self) -> "TransferConfig":
-        if self.frozen and self.grad_checkpointing:
-            raise ValueError("a frozen encoder keeps no activations: leave grad_checkpointing or frozen out")
+    def _trained(self) -> "TransferConfig":
+        """An option that a frozen encoder would ignore is refused."""
+        for name, none in (("layer_decay", 1), ("drop_path", 0), ("grad_checkpointing", False)) if self.frozen else ():
+            if getattr(self, name) not in (type(self).model_fields[name].default, none):
+                raise ValueError(f"a frozen encoder is not trained: leave {name} or frozen out")
         return self
 
 

@@ -43,7 +43,7 @@ from cutline.transfer.run import finished, run
 from cutline.transfer.scoring import grouped, protocol, read_along, scored_part, shown
 from cutline.transfer.targets import PICTURES, read_image
 from cutline.transfer.views import Square, Views
-from cutline.zeroshot.must import AdaptConfig, Must, Pictures, check_tower
+from cutline.zeroshot.must import AdaptConfig, Must, Pictures, masked_side
 from cutline.zeroshot.prompts import Names, class_names, described, prompts, spoken
 from cutline.zeroshot.texts import open_joint, text_classifier
 
@@ -54,7 +54,8 @@ class Adapted(Must):
     """`Must` with all that is scored and saved. start: the CLIP it begins with, which stays as it is."""
 
     def __init__(self, start: towers.Model, classes: Sequence[str], names: Names, config: AdaptConfig) -> None:
-        encoder, self.square = check_tower(towers.load_encoder(start), config)
+        encoder = towers.load_encoder(start)
+        self.square = masked_side(encoder, config)
         words = text_classifier(start, names, prompts(config.prompts))
         # Of a class with several names the mean: a linear classifier has no best one.
         vectors = torch.zeros(len(names), words.weights.shape[1]).index_add(0, words.owners, words.weights)

@@ -119,7 +119,7 @@ class Must(Transferred):
     seen: Tensor
     unsure: Tensor  # steps without a sure picture
 
-    def __init__(self, encoder: NativeViT | TimmViT, words: Tensor, scale: float, config: AdaptConfig) -> None:
+    def __init__(self, encoder: Encoder, words: Tensor, scale: float, config: AdaptConfig) -> None:
         super().__init__(encoder, frozen=False)
         self.config, width = config, encoder.channels[-1]
         self.head = CosineProbe(encoder.width, len(words))
@@ -199,6 +199,7 @@ class Must(Transferred):
         def replace(x: Tensor) -> Tensor:
             return torch.where(masked[..., None], self.token.to(x.dtype), x)
 
+        assert isinstance(self.encoder, NativeViT | TimmViT)  # `masked_side`
         pooled, patches = self.encoder.replaced(images, replace)
         return pooled, self.norm(patches)
 
@@ -220,14 +221,15 @@ class Must(Transferred):
         self.unsure += not sure
 
 
-def check_tower(encoder: Encoder, config: AdaptConfig) -> tuple[NativeViT | TimmViT, int]:
-    """The tower, and the side of the masked squares in patches. Raises `ConfigError` where patches cannot be masked or
-    aligned."""
+def masked_side(encoder: Encoder, config: AdaptConfig) -> int:
+    """The side of the masked squares in patches. Raises `ConfigError` for a tower whose patches cannot be masked or aligned."""
+    if not config.mask:
+        return 1
     if not isinstance(encoder, NativeViT | TimmViT) or not sees_patches_alone(encoder):
         raise ConfigError(
             "adapt puts a token in place of patches, which vision transformers of open_clip and timm with a patch embedding can "
-            f"take, and {encoder.name} is another: give ViT-B-16:openai, ViT-B-16-SigLIP:webli, or a run of a preset such as "
-            "vit-tiny-64."
+            f"take, and {encoder.name} is another: say mask=0 to learn from its own labels alone, or give ViT-B-16:openai, "
+            "ViT-B-16-SigLIP:webli, or a run of a preset such as vit-tiny-64."
         )
     patch = encoder.multiple
     grid = encoder.size // patch
@@ -236,12 +238,12 @@ def check_tower(encoder: Encoder, config: AdaptConfig) -> tuple[NativeViT | Timm
         raise ConfigError(
             f"mask_patch={square} must be a multiple of the tower's patches of {patch} pixels that divides its {grid * patch}."
         )
-    if config.mask and config.align:
+    if config.align:
         try:
             encoder.project(next(encoder.parameters()).new_zeros(1, encoder.channels[-1], 1, 1))
         except CutlineError as e:
             raise ConfigError(f"{e} So they cannot be aligned with the picture: say align=0.") from e
-    return encoder, square // patch
+    return square // patch
 
 
 def self_training(logits: Tensor, labels: Tensor, sure: Tensor) -> Tensor:
