@@ -181,7 +181,7 @@ def test_the_auxiliary_head_by_formula(encoder: Any) -> None:
     logits = last(norm(conv(level)).relu())
     plain = torch.nn.functional.interpolate(logits, (32, 32), mode="bilinear", align_corners=False)
     assert torch.allclose(aux, plain, atol=1e-5)
-    with pytest.raises(ValueError, match="auxiliary head beside head=upernet"):
+    with pytest.raises(ValueError, match="head=fpn has no auxiliary head, which is upernet's: leave aux out"):
         SegmentConfig(aux=0.4, head="fpn")
 
 

@@ -24,7 +24,7 @@ from cutline.transfer.segment import SegmentConfig, Segmenter, cross_entropy, fi
 from cutline.transfer.store import load, save
 
 Folder = Callable[..., Path]
-QUICK: dict[str, Any] = {"steps": 6, "batch": 4, "scale": (1.0, 1.0), "channels": 64, "lr": 1e-3}
+QUICK: dict[str, Any] = {"steps": 6, "batch": 4, "scale": (1.0, 1.0), "lr": 1e-3}
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -39,7 +39,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 def test_segmentation_overfits_eight_pictures(folder: Folder, encoder: Any, head: str) -> None:
     config = SegmentConfig(
         head=head, steps=200, batch=8, lr=5e-3, layer_decay=1.0, drop_path=0.0, weight_decay=0.0, flip=False,
-        scale=(1.0, 1.0), channels=32, split="train",
+        scale=(1.0, 1.0), split="train",
     )  # fmt: skip
     result = segment(encoder, f"folder:{folder()}", config)
     # A head works on cells of 4 or 8 pixels, and the boxes' edges lie anywhere.
@@ -333,6 +333,6 @@ def test_options_say_what_is_wrong_with_them() -> None:
         with pytest.raises(ConfigError, match=wrong.split("=")[0]):
             load_config(SegmentConfig, None, [wrong])
     with pytest.raises(ConfigError, match="pixels would be left out"):
-        look(SegmentConfig(crop=(32, 32), stride=40))
+        look(SegmentConfig(crop=(32, 32), test="slide", stride=40))
     with pytest.raises(ConfigError, match="max_depth"):
         load_config(DepthConfig, None, ["min_depth=20"])

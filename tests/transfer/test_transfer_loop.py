@@ -62,7 +62,7 @@ def assert_same(one: torch.nn.Module, two: torch.nn.Module) -> None:
     ("task", "config", "kind"),
     [
         (fit, SegmentConfig(**DENSE, head="fpn", ema=0.9), "folder"),
-        (fit, SegmentConfig(**DENSE, head="linear", frozen=True, scale=(1, 1)), "folder"),
+        (fit, SegmentConfig(**QUICK, head="linear", frozen=True, scale=(1, 1)), "folder"),
         (fit_objects, DetectConfig(**{**QUICK, "batch": 2}, channels=32), "scenes"),
     ],
     ids=["dropout, drop path and an average", "features kept", "detection"],
@@ -92,7 +92,7 @@ def test_a_broken_picture_met_before_a_kill_is_counted_after_it(
 ) -> None:
     root, first = folder(train=12), np.random.default_rng([0, 1, 0]).permutation(12)[0]  # of the only epoch
     (root / f"train/images/{first:03d}.png").write_bytes(b"broken")
-    config = SegmentConfig(**{**DENSE, "steps": 3}, head="linear", save_every=1)
+    config = SegmentConfig(**{**QUICK, "steps": 3}, head="linear", save_every=1)
     whole = fit(encoder, f"folder:{root}", config)
     killed(3)
     with pytest.raises(Killed):
@@ -108,7 +108,7 @@ def test_a_broken_picture_met_before_a_kill_is_counted_after_it(
 def test_a_finished_run_keeps_no_checkpoint_and_a_changed_one_is_not_resumed(
     folder: Callable[..., Path], encoder: Any, tmp_path: Path, killed: Callable[[int], None]
 ) -> None:
-    data, out, config = f"folder:{folder()}", tmp_path / "run", SegmentConfig(**DENSE, head="linear", save_every=2)
+    data, out, config = f"folder:{folder()}", tmp_path / "run", SegmentConfig(**QUICK, head="linear", save_every=2)
     killed(4)
     with pytest.raises(Killed):
         segment(encoder, data, config, out)
@@ -141,7 +141,7 @@ def test_the_average_of_the_weights_is_kept_by_formula(
         return loss
 
     monkeypatch.setattr(loop._Run, "step", step)
-    model = fit(encoder, f"folder:{folder()}", SegmentConfig(**DENSE, head="linear", ema=0.8))
+    model = fit(encoder, f"folder:{folder()}", SegmentConfig(**QUICK, head="linear", ema=0.8))
     name = "head.classifier.weight"
     expected = seen[0][name]
     for state in seen[1:]:
@@ -153,7 +153,7 @@ def test_the_average_of_the_weights_is_kept_by_formula(
 def test_a_gradient_that_is_not_finite_leaves_weights_and_batch_norms_as_they_were(
     folder: Callable[..., Path], encoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data, config = f"folder:{folder()}", SegmentConfig(**{**DENSE, "steps": 3}, head="linear", drop_path=0)
+    data, config = f"folder:{folder()}", SegmentConfig(**{**QUICK, "steps": 3}, head="linear", drop_path=0)
     original = torch.nn.utils.clip_grad_norm_
     norms = iter([1.0, float("nan"), 1.0])
     states = []
@@ -181,7 +181,7 @@ def test_a_run_keeps_five_checkpoints_and_one_at_its_end(
 ) -> None:
     saved: list[int] = []
     monkeypatch.setattr(loop._Run, "save", lambda run: saved.append(run.done))
-    fit(encoder, f"folder:{folder()}", SegmentConfig(**{**DENSE, "steps": 13}, head="linear"), tmp_path)
+    fit(encoder, f"folder:{folder()}", SegmentConfig(**{**QUICK, "steps": 13}, head="linear"), tmp_path)
     assert saved == [3, 6, 9, 12, 13]
 
 
@@ -219,7 +219,7 @@ def test_gradient_checkpointing_while_training_alone_and_refused_where_a_tower_h
     folder: Callable[..., Path], encoder: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = f"folder:{folder()}"
-    config = SegmentConfig(**DENSE, head="linear", drop_path=0.2)
+    config = SegmentConfig(**QUICK, head="linear", drop_path=0.2)
     plain = fit(encoder, data, config)
     twice = fit(encoder, data, config.model_copy(update={"grad_checkpointing": True}))
     assert_same(plain, twice)

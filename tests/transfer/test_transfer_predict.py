@@ -155,7 +155,7 @@ def test_overrides_change_how_the_model_looks_and_nothing_else(segmenter: Path, 
     ("override", "message"),
     [
         ("steps=3", "'steps' is not an option of a trained model of segment: test, crop"),
-        ("stride=8", "stride is for test=slide"),
+        ("stride=8", "test=whole has no windows: leave stride out"),
         ("test=slid", "test .override 'test=slid'."),
     ],
 )

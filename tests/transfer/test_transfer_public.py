@@ -98,7 +98,7 @@ def test_splits_subsets_and_fingerprints(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_trains_and_scores(tmp_path: Path, kind: str, encoder: Any) -> None:
     spec, task = made.make(kind, tmp_path)
-    common: dict[str, Any] = {"steps": 2, "batch": 2, "channels": 64, "head": "linear"}
+    common: dict[str, Any] = {"steps": 2, "batch": 2, "head": "linear"}
     if task == "segment":
         result = segment(encoder, spec, SegmentConfig(**common))
     else:

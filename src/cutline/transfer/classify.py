@@ -30,7 +30,7 @@ from cutline.transfer.data import DenseData, Sample, Split, open_data
 from cutline.transfer.finetune import finetune, still_features
 from cutline.transfer.metrics import Hits
 from cutline.transfer.model import Headed
-from cutline.transfer.options import SplitName, TransferConfig, autocast, seeded
+from cutline.transfer.options import SplitName, TransferConfig, autocast, idle, seeded
 from cutline.transfer.prepared import Prepared, encoder_of
 from cutline.transfer.probes import AttentiveProbe, CosineProbe, LinearProbe, NeighbourProbe
 from cutline.transfer.run import run
@@ -84,12 +84,12 @@ class ClassifyConfig(TransferConfig):
 
     @model_validator(mode="after")
     def _used(self) -> "ClassifyConfig":
-        """An option that the head would ignore is refused."""
-        fields = type(self).model_fields
-        for name in TRAINING if self.head == "knn" else VOTING:
-            if getattr(self, name) != fields[name].default:
-                why = "trains nothing" if self.head == "knn" else "has no neighbours"
-                raise ValueError(f"head={self.head} {why}: leave {name} out")
+        if self.head == "knn":
+            idle(self, "head=knn trains nothing", *TRAINING)
+        else:
+            idle(self, f"head={self.head} has no neighbours", *VOTING)
+        if not self.operations:
+            idle(self, "without operations there is no RandAugment", "magnitude")
         return self
 
     @property

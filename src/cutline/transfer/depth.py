@@ -30,13 +30,18 @@ from cutline.transfer.data import DenseData, open_data
 from cutline.transfer.finetune import finetune
 from cutline.transfer.metrics import DepthErrors
 from cutline.transfer.model import Dense, by_shape
-from cutline.transfer.options import DenseConfig, SplitName, default_channels, look, seeded
+from cutline.transfer.options import DenseConfig, SplitName, default_channels, idle, look, seeded
 from cutline.transfer.prepared import PreparedDense, encoder_of
 from cutline.transfer.run import run
 from cutline.transfer.scoring import protocol, read_along, scored_part, shown
 
 # From a median that is no number of metres to a likely one: millimetres, KITTI's PNG, kilometres.
 FACTORS = {"0.001": 0.001, "1/256": 1 / 256, "1000": 1000.0}
+OF_HEADS = {
+    "deconv": ("channels", "deconvolutions", "filters"),
+    "dpt": ("channels", "class_token"),
+    "linear": ("bins", "class_token", "layers", "upsample"),
+}
 SCALES, EPSILON = (1, 2, 4, 6), 1e-3  # of `gradient_loss`
 
 
@@ -89,11 +94,9 @@ class DepthConfig(MetresConfig):
     class_token: bool = False
 
     @model_validator(mode="after")
-    def _probe(self) -> "DepthConfig":
-        if self.class_token and self.head == "deconv":
-            raise ValueError("class_token is of head=linear and head=dpt, not deconv: leave it out")
-        if self.head != "linear" and (self.layers, self.upsample) != (1, 1):
-            raise ValueError(f"layers and upsample are of head=linear, not {self.head}: leave them out")
+    def _used(self) -> "DepthConfig":
+        others = sorted({n for names in OF_HEADS.values() for n in names} - {*OF_HEADS[self.head]})
+        idle(self, f"head={self.head} has no such option", *others)
         return self
 
 

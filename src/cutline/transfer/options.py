@@ -64,10 +64,11 @@ class TransferConfig(Config):
 
     @model_validator(mode="after")
     def _trained(self) -> "TransferConfig":
-        """An option that a frozen encoder would ignore is refused."""
-        for name, none in (("layer_decay", 1), ("drop_path", 0), ("grad_checkpointing", False)) if self.frozen else ():
-            if getattr(self, name) not in (type(self).model_fields[name].default, none):
-                raise ValueError(f"a frozen encoder is not trained: leave {name} or frozen out")
+        if self.frozen:
+            said = [name for name, none in (("layer_decay", 1), ("drop_path", 0)) if getattr(self, name) != none]
+            idle(self, "a frozen encoder is not trained", *said, "grad_checkpointing")
+        if self.schedule != "poly":
+            idle(self, f"schedule={self.schedule} has no power", "power")
         return self
 
 
@@ -89,6 +90,12 @@ class DenseConfig(TransferConfig):
     test: Literal["whole", "slide"] = "whole"
     stride: int | None = Field(None, ge=1)
     test_flip: bool = False
+
+    @model_validator(mode="after")
+    def _slides(self) -> "DenseConfig":
+        if self.test != "slide":
+            idle(self, f"test={self.test} has no windows", "stride")
+        return self
 
     @field_validator("crop", mode="before")
     @classmethod
@@ -117,6 +124,13 @@ class PyramidConfig(DenseConfig):
     pyramid: Literal["vitdet", "taps"] = "vitdet"
     channels: int | None = Field(None, ge=1)
     pyramid_channels: int | None = Field(None, ge=1)
+
+
+def idle(config: Config, why: str, *names: str) -> None:
+    """Raise `ValueError` where one of these options, which `config` would ignore for this reason, is not at its default."""
+    for name in names:
+        if getattr(config, name) != type(config).model_fields[name].default:
+            raise ValueError(f"{why}: leave {name} out")
 
 
 def rising(value: tuple[float, float]) -> tuple[float, float]:

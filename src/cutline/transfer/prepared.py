@@ -39,7 +39,8 @@ class PreparedDense(Prepared[D]):
     def __init__(self, config: D, data: DenseData, width: int) -> None:
         super().__init__(config, data)
         self.crop = config.crop or self._crop(config.short)
-        given = config.model_dump(include={"channels", "pyramid_channels"})
+        linear = getattr(config, "head", None) == "linear"  # which has no width of its own
+        given = {} if linear else config.model_dump(include={"channels", "pyramid_channels"})
         channels = given.get("channels") or default_channels(width)
         widths = {"channels": channels, "pyramid_channels": given.get("pyramid_channels") or min(256, channels)}
         self.config = self.config.model_copy(update={"crop": self.crop, **{name: widths[name] for name in given}})

@@ -26,7 +26,7 @@ from cutline.transfer.data import DenseData, open_data
 from cutline.transfer.finetune import finetune
 from cutline.transfer.metrics import IGNORE, Confusion
 from cutline.transfer.model import Dense, Look, by_shape
-from cutline.transfer.options import PyramidConfig, SplitName, default_channels, look, seeded
+from cutline.transfer.options import PyramidConfig, SplitName, default_channels, idle, look, seeded
 from cutline.transfer.prepared import PreparedDense, encoder_of
 from cutline.transfer.run import run
 from cutline.transfer.scoring import protocol, read_along, scored_part, shown
@@ -55,9 +55,11 @@ class SegmentConfig(PyramidConfig):
         return value
 
     @model_validator(mode="after")
-    def _auxiliary(self) -> "SegmentConfig":
-        if self.aux and self.head != "upernet":
-            raise ValueError(f"aux={self.aux} is an auxiliary head beside head=upernet, not {self.head}: leave it out")
+    def _used(self) -> "SegmentConfig":
+        if self.head != "upernet":
+            idle(self, f"head={self.head} has no auxiliary head, which is upernet's", "aux")
+        if self.head == "linear":
+            idle(self, "head=linear reads the last map alone", "pyramid", "channels", "pyramid_channels")
         return self
 
 

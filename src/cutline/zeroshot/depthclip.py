@@ -29,6 +29,7 @@ from cutline.towers.encoder import Encoder
 from cutline.towers.hierarchical import ResNetEncoder
 from cutline.transfer.data import DenseData
 from cutline.transfer.depth import DepthModel, MetresConfig, check_readings
+from cutline.transfer.options import idle
 from cutline.transfer.prepared import PreparedDense
 from cutline.transfer.pyramid import LastMap
 from cutline.zeroshot.dense import DenseTower
@@ -78,9 +79,7 @@ class DepthClipConfig(MetresConfig):
             raise ValueError("crop and stride are of test=slide: say that too, or leave them out")
         if self.labels is not None and self.bins != "data":
             raise ValueError("only bins=data looks at labels: leave labels out")
-        for name in TRAINING:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"method=depthclip trains nothing: leave {name} out")
+        idle(self, "method=depthclip trains nothing", *TRAINING)
         return self
 
 

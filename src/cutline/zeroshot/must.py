@@ -39,11 +39,10 @@ from cutline.objectives.teacher import move
 from cutline.towers.encoder import Encoder
 from cutline.towers.vit import NativeViT, TimmViT, sees_patches_alone
 from cutline.transfer.model import Transferred
-from cutline.transfer.options import TransferConfig, autocast
+from cutline.transfer.options import TransferConfig, autocast, idle
 from cutline.transfer.probes import CosineProbe
 
 MANY = 512  # classes, from which on p̄ is a mean over batches
-UNUSED = ("frozen", "labels", "ema")
 
 
 class AdaptConfig(TransferConfig):
@@ -89,14 +88,9 @@ class AdaptConfig(TransferConfig):
 
     @model_validator(mode="after")
     def _used(self) -> "AdaptConfig":
-        """An option that would be ignored is refused."""
-        for name in UNUSED:
-            if getattr(self, name):
-                raise ValueError(f"MUST trains the whole tower, reads no label and has a teacher: leave {name} out")
-        fields = type(self).model_fields
-        idle = [n for n in ("mask_patch", "pixels", "align") if getattr(self, n) != fields[n].default]
-        if not self.mask and idle:
-            raise ValueError(f"mask=0 masks nothing: leave {', '.join(idle)} out")
+        idle(self, "MUST trains the whole tower, reads no label and has a teacher", "frozen", "labels", "ema")
+        if not self.mask:
+            idle(self, "mask=0 masks nothing", "mask_patch", "pixels", "align")
         return self
 
 
