@@ -5,6 +5,7 @@ import pytest
 from cutline.captions.engine import RunConfig
 from cutline.captions.score import text, truth
 from cutline.captions.score.plan import ScoreConfig, names, score, works
+from cutline.captions.select import SelectConfig, select
 from cutline.config import check
 from cutline.errors import ConfigError, DataError
 from cutline.pairs import Pairs
@@ -82,6 +83,21 @@ def test_a_column_of_other_scores_is_not_written_over(scenes):
     with pytest.raises(DataError, match="has a column 's_tokens' already"):
         score(scenes, ScoreConfig(column="captions", only=["tokens", "email"]), "s", RunConfig(), show=False)
     assert "s_email" not in Pairs.open(scenes.path).columns
+
+
+def test_scores_of_captions_that_were_written_anew_are_refused(scenes):
+    pairs = scenes.add_column("cap", ["a short one"] * len(scenes))
+    config = ScoreConfig(column="cap", only=["tokens"])
+    pairs = score(pairs, config, "s", RunConfig(), show=False)[0].drop("cap")
+    pairs = pairs.add_column("cap", ["one that has many more words than the first"] * len(scenes))
+    with pytest.raises(DataError, match="'cap' was written anew since 's_tokens' was made from it: drop 's_tokens'"):
+        score(pairs, config, "s", RunConfig(), show=False)
+    for rule in (
+        {"rule": "where", "where": "s_tokens < 5"},
+        {"rule": "top-fraction", "by": ["s_tokens"], "fraction": 0.5},
+    ):
+        with pytest.raises(DataError, match="'cap' was written anew since 's_tokens'"):
+            select(pairs, SelectConfig(columns=["cap"], **rule), "chosen")
 
 
 def test_scores_of_some_rows_are_not_taken_for_those_of_all(scenes):

@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pairs_made import picture, sample, write_tar
@@ -20,6 +21,18 @@ from cutline.pairs import Pairs, check, create, create_from_rows, export
 def test_check_of_good_pairs_finds_nothing(table):
     report = check(table, show=False)
     assert (report.pictures, report.broken, report.bad, report.notes, report.captions) == (120, 0, {}, {}, {})
+
+
+def test_brackets_in_names_are_printed_as_they_are(tmp_path):
+    from rich.console import Console
+
+    create_from_rows(tmp_path / "[a].lance", [{"key": "x[/b]y", "image": b"no picture"}])
+    pairs = Pairs.open(tmp_path / "[a].lance", where="key LIKE '%[/b]%'")
+    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    for report in (check(pairs, show=False), pairs.info()):
+        console.print(report)
+    text = console.export_text()
+    assert all(part in text for part in ("[a].lance", "x[/b]y", "where key LIKE '%[/b]%'"))
 
 
 def test_check_of_flickr8k(tmp_path, real_data):
@@ -130,6 +143,16 @@ def test_export_of_hard_keys_vectors_and_blobs(tmp_path):
         (k, picture(i, "PNG"), [0.0 + i, 1.0 + i, 2.0 + i], [picture(7, "PNG"), None, b"raw"][i])
         for i, k in enumerate(keys)
     ]
+
+
+def test_vectors_of_each_augmentation_are_exported_to_parquet(table, tmp_path):
+    vectors = [np.arange(8, dtype=np.float16).reshape(2, 4) + n for n in range(120)]
+    pairs = table.add_column("dr_image", vectors, type=pa.list_(pa.list_(pa.float16(), 4)))
+    export(pairs, tmp_path / "parquet", "parquet", show=False)
+    rows = [
+        r for f in sorted((tmp_path / "parquet").glob("*.parquet")) for r in pq.read_table(f)["dr_image"].to_pylist()
+    ]
+    assert rows == [v.tolist() for v in vectors]
 
 
 def test_export_of_a_list_of_alt_texts(tmp_path):

@@ -225,6 +225,33 @@ def test_torn_record_of_a_column_is_made_again(tmp_path, table):
     assert [r["number"] for r in again.read(range(120), ["number"])] == list(range(120))
 
 
+def test_a_column_whose_input_was_written_anew_meanwhile_is_not_gone_on_with(table):
+    def made(rows):
+        if rows[0]["key"] == "000100":
+            raise KeyboardInterrupt
+        return [r["cap"] for r in rows]
+
+    options = {"columns": ["key", "cap"], "batch": 10, "provenance": Provenance(how="test"), "show": False}
+    pairs = table.add_column("cap", ["old"] * 120)
+    with pytest.raises(KeyboardInterrupt):
+        pairs.add_column("copy", made, **options)
+    pairs = pairs.drop("cap").add_column("cap", ["new"] * 120)
+    with pytest.raises(DataError, match="begun with other settings .'cap' has been written anew."):
+        pairs.add_column("copy", lambda rows: [r["cap"] for r in rows], **options)
+
+
+def test_a_create_that_was_killed_at_its_very_end_leaves_others_unfinished_columns(tmp_path, bad_shards, monkeypatch):
+    out = tmp_path / "t.lance"
+    with monkeypatch.context() as m, pytest.raises(Crash):  # noqa: PT012
+        wrap_writes(m, 1, False, (ingest.Journal, "clear"))
+        create(out, bad_shards, **OPTIONS)
+    job = out / "_cutline" / "add-loud"
+    job.mkdir()
+    (job / "job.json").write_text("{}")
+    create(out, bad_shards, **OPTIONS)
+    assert [p.name for p in (out / "_cutline").iterdir()] == ["add-loud"]
+
+
 def test_restart_drops_what_was_there(table):
     def fails(rows):
         if rows[0]["key"] == "000100":

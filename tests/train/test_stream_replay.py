@@ -142,13 +142,17 @@ GOOD: dict[str, list[Any]] = {  # a row's values
 }  # fmt: skip
 
 
-def add(pairs: Pairs, width: int = 4, settings: dict[str, Any] | None = None, **columns: list[Any]) -> Pairs:
+def add(
+    pairs: Pairs, width: int = 4, settings: dict[str, Any] | None = None, read: dict[str, str] | None = None,
+    **columns: list[Any],
+) -> Pairs:  # fmt: skip
     """The columns of a small reinforcement, with values that the test chooses."""
     settings = {"teachers": [{"name": "t", "width": 4}]} if settings is None else settings
     for name, value in GOOD.items():
         kind = AUGMENTATIONS if name == "dr_augment" else vectors(width)
         found = columns.get(name, value * len(pairs))
-        pairs = pairs.add_column(name, pa.array(found, kind), provenance=Provenance(how="test", settings=settings))
+        made = Provenance(how="test", settings=settings, read=read or {})
+        pairs = pairs.add_column(name, pa.array(found, kind), provenance=made)
     return pairs
 
 
@@ -194,9 +198,8 @@ def test_vectors_of_other_teachers_or_texts_are_refused_by_name(tmp_path: Path) 
         next(iter(plain(made("more", dr_text_alt=[[[0.5] * 4] * 2] * 6))))
     with pytest.raises(DataError, match=r"'dr_image' holds 1 vectors for 2 augmentations"):
         next(iter(plain(made("fewer", dr_image=[[[0.5] * 4]] * 6))))
-    settings = {"teachers": [{"name": "t", "width": 4}], "texts": {"alt": "another digest"}}
     with pytest.raises(DataError, match=r"'alt' was written anew since 'dr_text_alt' was made"):
-        plain(made("stale", settings=settings))
+        plain(made("stale", read={"alt": "another digest"}))
 
 
 def test_what_is_missing_is_named_with_the_command(tmp_path: Path) -> None:

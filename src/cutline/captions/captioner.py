@@ -42,7 +42,6 @@ from cutline.train.loop import Run, train
 from cutline.train.recipe import DataConfig, Objectives, Recipe, TrainConfig
 from cutline.train.stream import Augment, TextConfig
 from cutline.train.stream.order import key
-from cutline.train.stream.replay import digest_of
 
 CLASSES = "classes.json"
 MOST_HELD_OUT = 1000
@@ -103,7 +102,7 @@ class Rows:
 
     def __init__(self, pairs: Pairs, rows: Sequence[int] | NDArray[np.int64], note: Sequence[Any]) -> None:
         self.pairs, self.rows, self.columns = pairs, np.asarray(rows, np.int64), pairs.columns
-        self.fingerprint = fingerprint(digest_of(pairs, "key"), digest_of(pairs, "image"), list(note))
+        self.fingerprint = fingerprint(pairs.digest("key"), pairs.digest("image"), list(note))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -128,13 +127,11 @@ def train_captioner(
 def _train(pairs: Pairs, column: str, out: Path, config: CaptionerConfig, resume: bool, show: bool) -> Result:
     began = time.monotonic()
     learnt, held = split(pairs, column, config)
-    _begin(
-        out, {"column": column, "captions": digest_of(pairs, column), "config": config.model_dump(mode="json")}, resume
-    )
+    _begin(out, {"column": column, "captions": pairs.digest(column), "config": config.model_dump(mode="json")}, resume)
     if (out / "result.json").exists():
         return Result.read(out)
     # What is learnt from, and not the table's own fingerprint, which a column added meanwhile would change.
-    source = Rows(pairs, learnt.rows, [digest_of(pairs, column), config.seed, config.held_out])
+    source = Rows(pairs, learnt.rows, [pairs.digest(column), config.seed, config.held_out])
     config = _fitted(config, len(learnt))
     tower = config.towers or TowerConfig(model=_preset(pairs))
     classes = _write_words(learnt, column, out, tower)

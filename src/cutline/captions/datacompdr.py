@@ -39,7 +39,7 @@ from cutline.pairs.report import utf8
 from cutline.pairs.sources import matching_files
 from cutline.record import fingerprint
 from cutline.train.stream.randaugment import OPERATIONS, Operation, is_operation
-from cutline.train.stream.replay import Teacher, digest_of, to_stored
+from cutline.train.stream.replay import Teacher, to_stored
 from cutline.train.stream.text import captions_of
 from cutline.train.stream.transforms import Augment, Augmentation
 
@@ -61,13 +61,12 @@ class ImportConfig(Config):
 
 @dataclass(frozen=True)
 class ImportWork:
-    """Make it with `import_work`. by: the column with the uid; texts: caption column → digest of its values."""
+    """Make it with `import_work`. by: the column with the uid."""
 
     config: ImportConfig
     by: str
     name: str
     shards: Shards
-    texts: Mapping[str, str]
 
     @property
     def captions(self) -> str:
@@ -90,7 +89,7 @@ class ImportWork:
 
     def provenance(self) -> Provenance:
         settings = {
-            "teachers": [t.model_dump() for t in self.config.teachers], "texts": dict(self.texts),
+            "teachers": [t.model_dump() for t in self.config.teachers],
             "augment": Augment(scale=(0.08, 1.0), operations=2).model_dump(mode="json"),
             "shards": fingerprint([[Path(s).name, os.path.getsize(s)] for s in self.shards.paths]),
         }  # fmt: skip
@@ -112,7 +111,7 @@ def import_work(pairs: Pairs, config: ImportConfig, name: str = "dr", show: bool
     paths = [p for pattern in config.shards for p in matching_files(pattern)]
     shards = Shards(paths, by_key=by == "key", show=show)
     _check_uids(pairs, by, shards)
-    work = ImportWork(config, by, name, shards, {config.alt: digest_of(pairs, config.alt)})
+    work = ImportWork(config, by, name, shards)
     _check_width(work)
     return work
 

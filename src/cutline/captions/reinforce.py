@@ -44,7 +44,7 @@ from cutline.towers.store import preprocess_of
 from cutline.train.device import device_of
 from cutline.train.stream.order import draws, key
 from cutline.train.stream.pictures import RowPicture, replay_view
-from cutline.train.stream.replay import Teacher, digest_of, to_stored
+from cutline.train.stream.replay import Teacher, to_stored
 from cutline.train.stream.text import captions_of
 from cutline.train.stream.transforms import Augment, Augmentation, Picture
 
@@ -80,11 +80,11 @@ class ReinforceConfig(Config):
 
 @dataclass(frozen=True)
 class ReinforceWork:
-    """See above; make it with `reinforce_work`. texts: caption column → digest of its values when this began."""
+    """See above; make it with `reinforce_work`. texts: caption columns."""
 
     config: ReinforceConfig
     teachers: tuple[Teacher, ...]
-    texts: Mapping[str, str]
+    texts: tuple[str, ...]
     name: str
 
     @property
@@ -99,7 +99,7 @@ class ReinforceWork:
 
     def provenance(self) -> Provenance:
         settings = self.config.model_dump(mode="json", exclude={"teachers", "texts", "device"})
-        settings |= {"teachers": [t.model_dump() for t in self.teachers], "texts": dict(self.texts)}
+        settings |= {"teachers": [t.model_dump() for t in self.teachers], "texts": list(self.texts)}
         names = ", ".join(t.name for t in self.teachers)
         return Provenance(how="reinforce", model=names, inputs=self.reads, settings=settings)
 
@@ -114,8 +114,7 @@ def reinforce_work(pairs: Pairs, config: ReinforceConfig, name: str = "dr") -> R
     tower or with pictures that are not square, and `DataError` for a column that is not there.
     """
     pairs.check_columns(config.texts)
-    texts = {c: digest_of(pairs, c) for c in config.texts}
-    return ReinforceWork(config, tuple(_describe(t) for t in config.teachers), texts, name)
+    return ReinforceWork(config, tuple(_describe(t) for t in config.teachers), tuple(config.texts), name)
 
 
 def _describe(name: str) -> Teacher:

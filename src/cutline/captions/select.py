@@ -12,6 +12,7 @@ in the provenance, and every row is then decided alone. A score that is null or 
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -111,6 +112,8 @@ def select(pairs: Pairs, config: SelectConfig, name: str) -> tuple[Pairs, Work]:
 
 def _where(pairs: Pairs, config: SelectConfig, name: str) -> Choice:
     (column,) = config.columns
+    for score in (c for c in pairs.columns if re.search(rf"\b{re.escape(c)}\b", config.where or "")):
+        pairs.check_fresh(score, column)
     return Choice(config, {name: pairs.schema.field(column).type}, Copy(column))
 
 
@@ -309,6 +312,7 @@ def _same_shape(pairs: Pairs, column: str, by: str) -> bool:
     scored = scored_column(pairs.provenance(by))
     if scored not in (None, column):
         raise DataError(f"{by!r} does not hold the scores of {column!r}, but of {scored!r}.")
+    pairs.check_fresh(by, column)
     return many
 
 

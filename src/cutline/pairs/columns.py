@@ -59,7 +59,8 @@ class ColumnJob:
         provenance: Provenance,
         reads: Sequence[str],
     ) -> None:
-        self.pairs, self.name, self.provenance, self.reads = pairs, name, provenance, list(reads)
+        self.pairs, self.name, self.reads = pairs, name, list(reads)
+        self.provenance = having_read(pairs, provenance, reads)
         self.given = {column: str(kind) for column, kind in kinds.items()}
         self.blobs = {column for column, kind in kinds.items() if isinstance(kind, str) and kind == "blob"}
         self.kinds = {column: parse_type(kind) for column, kind in kinds.items()}
@@ -84,7 +85,9 @@ class ColumnJob:
         if (self.folder / "job.json").exists():
             earlier = json.loads((self.folder / "job.json").read_bytes())
             then, now = ({**s, **s.get("provenance", {})} for s in (earlier, settings))
-            differ = [
+            was = then.pop("read", {})
+            differ = [f"{c!r} has been written anew" for c, digest in now.pop("read").items() if was.get(c) != digest]
+            differ += [
                 f"{k}: {then.get(k)!r} then, {v!r} now"
                 for k, v in now.items()
                 if k != "provenance" and then.get(k) != v
@@ -250,6 +253,11 @@ class ColumnJob:
             if len(data) < size or zlib.crc32(data) != checksum:
                 return
             yield f.tell(), pa.ipc.read_record_batch(pa.py_buffer(data), self.schema)
+
+
+def having_read(pairs: "Pairs", provenance: Provenance, columns: Sequence[str]) -> Provenance:
+    """The provenance of what is made from these columns as they are now."""
+    return provenance.model_copy(update={"read": {c: digest for c in columns if (digest := pairs.digest(c))}})
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 
 from cutline import record
 from cutline.errors import DataError
+from cutline.pairs.columns import to_arrow
 from cutline.pairs.headers import kind_of
 from cutline.pairs.keys import Keys
 from cutline.pairs.report import IngestReport
@@ -150,5 +151,5 @@ def _parquet(path: Path, rows: Iterator[dict[str, Any]], pairs: Pairs, columns: 
     )
     with pq.ParquetWriter(path, schema) as writer:
         while some := list(itertools.islice(rows, BATCH)):
-            arrays = [pa.array([row[f.name] for row in some], f.type) for f in schema]
+            arrays = [to_arrow([row[f.name] for row in some], len(some), f.type, f.name) for f in schema]
             writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=schema))

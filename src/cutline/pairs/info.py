@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+from rich.markup import escape
 
 if TYPE_CHECKING:
     from cutline.pairs.provenance import Provenance
@@ -26,24 +27,24 @@ class Info:
 
         table = Table("column", "type", "made by", "time (UTC)", show_lines=False)
         for name, (kind, provenance) in self.columns.items():
-            table.add_row(name, kind, _made_by(provenance), provenance.time[:16] if provenance else "")
+            table.add_row(name, escape(kind), escape(_made_by(provenance)), provenance.time[:16] if provenance else "")
         lines = [
-            f"[bold]{self.path}[/bold]: {self.rows:,} pairs"
+            f"[bold]{escape(self.path)}[/bold]: {self.rows:,} pairs"
             + ("" if self.finished else " so far; [red]its create was cut off: run it again to go on[/red]"),
             f"version {self.version} of {self.versions}, fingerprint {self.fingerprint}",
-            f"pictures: {self.pictures}",
+            f"pictures: {escape(self.pictures)}",
         ]
         key = self.columns["key"][1]
         if key and key.inputs:
-            lines.insert(1, f"made from {', '.join(key.inputs)}")
+            lines.insert(1, escape(f"made from {', '.join(key.inputs)}"))
         if self.filter:
-            lines.insert(1, f"where {self.filter}")
+            lines.insert(1, escape(f"where {self.filter}"))
         if self.report and (self.report.skipped or self.report.repaired):
             counts = {**self.report.skipped, **self.report.repaired}
-            lines.append("at create: " + "; ".join(f"{reason} {c.n:,}" for reason, c in counts.items()))
+            lines.append(escape("at create: " + "; ".join(f"{reason} {c.n:,}" for reason, c in counts.items())))
         for name, reasons in self.failed.items():
             if reasons:
-                lines.append(f"no {name}: " + "; ".join(f"{reason} {c.n:,}" for reason, c in reasons.items()))
+                lines.append(escape(f"no {name}: " + "; ".join(f"{reason} {c.n:,}" for reason, c in reasons.items())))
         return Group(*lines, table)
 
 

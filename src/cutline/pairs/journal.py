@@ -7,7 +7,6 @@ commit with the state before (`now`) and after it (`next`); the rows in the tabl
 import contextlib
 import fcntl
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,4 +52,7 @@ class Journal:
         write_atomic(self.path, json.dumps(note).encode())
 
     def clear(self) -> None:
-        shutil.rmtree(self.path.parent, ignore_errors=True)
+        self.path.unlink(missing_ok=True)
+        self.path.with_suffix(".lock").unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not empty: columns that others are making
+            self.path.parent.rmdir()

@@ -17,7 +17,7 @@ class Provenance(Config):
     """What made a column.
 
     how: a verb ("create", "caption write", "score", …); model: its name and revision; prompt; sampling: its settings;
-    inputs: the columns or sources it read; code: the version of the code; time: UTC, ISO 8601; settings: the rest.
+    inputs: the columns or sources it read; read: the digests of the columns' values then; code: the version of the code; time: UTC, ISO 8601; settings: the rest.
     """
 
     how: str = ""
@@ -25,6 +25,7 @@ class Provenance(Config):
     prompt: str = ""
     sampling: dict[str, Any] = Field(default_factory=dict)
     inputs: list[str] = Field(default_factory=list)
+    read: dict[str, str] = Field(default_factory=dict)
     settings: dict[str, Any] = Field(default_factory=dict)
     code: str = Field(default_factory=lambda: f"cutline {version()}")
     time: str = Field(default_factory=lambda: datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"))

@@ -3,6 +3,7 @@
 from typing import Any
 
 from pydantic import Field, PrivateAttr
+from rich.markup import escape
 
 from cutline.config import Config
 from cutline.errors import DataError
@@ -90,7 +91,7 @@ class IngestReport(Config):
 
     def __rich__(self) -> Any:
         rate = f", {self.kept / self.seconds:,.0f}/s" if self.seconds else ""
-        title = f"[bold]{self.out}[/bold]: {self.kept:,} pairs{rate}"
+        title = f"[bold]{escape(self.out)}[/bold]: {self.kept:,} pairs{rate}"
         return _print(title, {"skipped": self.skipped, "repaired": self.repaired}, "nothing was skipped or repaired")
 
 
@@ -109,7 +110,7 @@ class CheckReport(Config):
         return sum(c.n for c in self.bad.values())
 
     def __rich__(self) -> Any:
-        title = f"[bold]{self.path}[/bold]: {self.pictures:,} pictures decoded, {self.broken:,} cannot be used"
+        title = f"[bold]{escape(self.path)}[/bold]: {self.pictures:,} pictures decoded, {self.broken:,} cannot be used"
         return _print(
             title, {"cannot be used": self.bad, "note": self.notes, "text": self.captions}, "nothing else found"
         )
@@ -123,7 +124,7 @@ def _print(title: str, groups: dict[str, dict[str, Count]], nothing: str) -> Any
     table.columns[2].justify = "right"
     for what, counts in groups.items():
         for reason, c in sorted(counts.items(), key=lambda item: -item[1].n):
-            table.add_row(what, reason, f"{c.n:,}", ", ".join(c.examples))
+            table.add_row(what, escape(reason), f"{c.n:,}", escape(", ".join(c.examples)))
     return Group(title, table if table.row_count else nothing)
 
 

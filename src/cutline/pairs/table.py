@@ -118,6 +118,19 @@ class Pairs:
         text = (self.schema.field(column).metadata or {}).get(KEY.encode())
         return Provenance.model_validate_json(text) if text else None
 
+    def digest(self, column: str) -> str:
+        """Of a column's values, taken when they were written (see `content`); "" for one that Cutline did not write."""
+        return str((self.schema.field(column).metadata or {}).get(CONTENT.encode(), b"").decode())
+
+    def check_fresh(self, column: str, source: str) -> None:
+        """Raise `DataError` if `column` is known to be made from other values than `source` has now."""
+        made = self.provenance(column)
+        then, now = made and made.read.get(source), self.digest(source)
+        if then and now and then != now:
+            raise DataError(
+                f"{source!r} was written anew since {column!r} was made from it: drop {column!r} and make it again."
+            )
+
     def failed(self, column: str) -> dict[str, Count]:
         """The rows that have no value in a column because it could not be made, counted by reason."""
         self.check_columns([column])
@@ -143,8 +156,7 @@ class Pairs:
         for field in self.schema:
             if field.name not in columns and not re.search(rf"\b{re.escape(field.name)}\b", self.filter or ""):
                 continue
-            digest = (field.metadata or {}).get(CONTENT.encode())
-            digests.append([field.name, str(field.type), digest.decode() if digest else self._files()])
+            digests.append([field.name, str(field.type), self.digest(field.name) or self._files()])
         shape = table_shape(self.dataset)
         foreign = [] if shape == _schema_note(self.dataset, SHAPE) else [shape, self._files()]
         return record.fingerprint(sorted(digests), len(self), self.filter, foreign)

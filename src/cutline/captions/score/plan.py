@@ -15,7 +15,7 @@ from cutline.captions.work import Work
 from cutline.config import Config
 from cutline.errors import ConfigError
 from cutline.pairs import Pairs
-from cutline.pairs.columns import exists
+from cutline.pairs.columns import exists, having_read
 from cutline.record import hash_files
 
 CLIP = ("clip", "refclip", "cosine", "alt_cosine")
@@ -129,8 +129,10 @@ def _is_there(pairs: Pairs, work: Work) -> bool:
     newest = Pairs.open(pairs.path)
     taken = [column for column in work.writes if column in newest.columns]
     for column in taken:
+        for source in work.reads:
+            newest.check_fresh(column, source)
         made = newest.provenance(column)
-        if made is None or not made.same_work(work.provenance()):
+        if made is None or not made.same_work(having_read(newest, work.provenance(), ["key", *work.reads])):
             raise exists(pairs.path, column)
     return bool(taken)
 

@@ -21,7 +21,6 @@ from pydantic import Field
 
 from cutline.config import Config
 from cutline.errors import ConfigError, DataError
-from cutline.pairs.provenance import CONTENT
 from cutline.train.stream.randaugment import is_operation
 from cutline.train.stream.source import Cached, Source
 from cutline.train.stream.text import Draw, Pick, TextConfig, captions_of
@@ -107,7 +106,7 @@ class Replay:
         for column in vectors:
             self._check_vectors(pairs, column)
         for caption, column in self.text_columns.items():
-            _check_fresh(pairs, caption, column)
+            pairs.check_fresh(column, caption)
         made = _settings(pairs, self.stored).get("augment", {})
         self.augment = Augment(interpolation=made.get("interpolation", "bicubic"))
 
@@ -178,18 +177,6 @@ def _pairs_of(source: Source, prefix: str) -> Any:
             "table first (`cutline scenes`, `cutline pairs create`)."
         )
     return inner
-
-
-def digest_of(pairs: Any, column: str) -> str:
-    """Of the column's values, as they were when it was written; "" for a column that Cutline did not write."""
-    return str((pairs.schema.field(column).metadata or {}).get(CONTENT.encode(), b"").decode())
-
-
-def _check_fresh(pairs: Any, caption: str, column: str) -> None:
-    """The captions must be those that the vectors were made from."""
-    then, now = _settings(pairs, column).get("texts", {}).get(caption), digest_of(pairs, caption)
-    if then and now and then != now:
-        raise DataError(f"{caption!r} was written anew since {column!r} was made from it. {_again(column)}")
 
 
 def _settings(pairs: Any, column: str) -> dict[str, Any]:
