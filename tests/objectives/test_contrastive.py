@@ -158,6 +158,10 @@ def test_each_text_source_has_its_weight_column_and_null_counts_one(vectors):
     assert terms["alt"].item() == pytest.approx(plain_weighted(vectors["image"], vectors["text"], WEIGHT, 10.0).item())
     wanted = plain_weighted(vectors["image"], vectors["teacher_text"], second, 10.0).item() / 2
     assert terms["caption"].item() == pytest.approx(wanted, rel=1e-6)  # a list comes as float32
+    whole = weighted_batch(vectors, w_alt=torch.tensor([1, 0, 2, 1]), w_caption=[1, 0, 2, 1])  # integers
+    terms = objective(whole, Features(model, whole))
+    wanted = plain_weighted(vectors["image"], vectors["text"], torch.tensor([1.0, 0, 2, 1], dtype=torch.float64), 10.0)
+    assert terms["alt"].item() == pytest.approx(wanted.item(), rel=1e-6)
 
 
 @pytest.mark.parametrize(

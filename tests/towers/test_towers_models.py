@@ -260,6 +260,7 @@ def test_scratch_models_follow_the_seed():
         ({"model": "ViT-B-23"}, "'ViT-B-23' is no run directory.*Near: .*ViT-B-32"),
         ({"model": "ViT-B-32", "pretrained": "nowhere"}, "neither a file nor a tag of ViT-B-32.*laion2b_s34b_b79k"),
         ({"custom": {"embed_dim": 8}}, "vision_cfg is missing"),
+        ({"custom": {**TINY, "vision_cfg": None}}, "vision_cfg of custom is a mapping, and here it is None"),
         ({"custom": {**TINY, "vision_cfg": {"widht": 3}}}, "unknown key 'widht' in vision_cfg: did you mean 'width'"),
         ({"custom": {**TINY, "embed": 3}}, "cannot build this model config.*embed"),
     ],

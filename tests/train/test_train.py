@@ -133,6 +133,21 @@ def test_nan_losses_are_skipped_and_counted_and_leave_the_weights(tmp_path, monk
         loop.train_step(run, bad)
 
 
+def test_a_run_that_diverges_keeps_the_metrics_up_to_there(tmp_path):
+    with pytest.raises(TrainingError, match="steps in a row"):
+        loop.train(recipe(lr=1e30, warmup=0, log_every=1000), tmp_path / "run", show=False)
+    (line,) = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert math.isfinite(json.loads(line)["loss"])
+    assert json.loads(line)["skipped_steps"] == 3
+
+
+def test_towers_for_pictures_that_are_not_square_are_refused(tmp_path):
+    plan = recipe().model_copy(deep=True)
+    plan.towers.custom["vision_cfg"] |= {"image_size": [48, 96]}
+    with pytest.raises(ConfigError, match="takes pictures of 48×96, and views of pictures are square"):
+        loop.prepare(plan, tmp_path / "run", resume=False)
+
+
 def test_a_bad_step_leaves_the_statistics_of_batch_norms(tmp_path):
     run = loop.prepare(recipe(), tmp_path / "run", resume=False)
     run.trainee.model.visual.conv1 = torch.nn.Sequential(run.trainee.model.visual.conv1, torch.nn.BatchNorm2d(32))
@@ -226,6 +241,8 @@ def test_ema_is_the_average_by_its_formula_and_is_what_is_saved(tmp_path):
         now = run.trainee.model.state_dict()[name].clone()
         average = now if average is None else 0.5 * average + 0.5 * now
     torch.testing.assert_close(run.average.module.state_dict()[name], average)
+    mask = run.trainee.model.attn_mask  # no NaN of its -inf
+    assert torch.equal(run.average.module.attn_mask, mask)
     loop.train(recipe(ema=0.5, samples=24), tmp_path / "saved")
     torch.testing.assert_close(weights(tmp_path / "saved")[name], average)
 

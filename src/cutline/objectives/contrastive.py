@@ -131,6 +131,7 @@ def weights(values: Any, column: str, device: torch.device) -> Tensor:
             raise wrong
         values = torch.tensor(numbers)
     weight: Tensor = values.to(device)
+    weight = weight if weight.is_floating_point() else weight.float()
     if weight.dim() != 1 or not (torch.isfinite(weight) & (weight >= 0)).all():
         raise wrong
     return weight

@@ -292,6 +292,8 @@ def _check_custom(cfg: dict[str, Any]) -> None:
             raise ConfigError(f"custom needs embed_dim, vision_cfg and text_cfg; {part} is missing.")
     for part, known in (("vision_cfg", open_clip.CLIPVisionCfg), ("text_cfg", open_clip.CLIPTextCfg)):
         names = [f.name for f in fields(known)]
+        if not isinstance(cfg[part], dict):
+            raise ConfigError(f"{part} of custom is a mapping, and here it is {cfg[part]!r}.")
         for key in cfg[part]:
             if key not in names:
                 near = difflib.get_close_matches(key, names, n=1)

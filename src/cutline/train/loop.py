@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from cutline import objectives, towers
 from cutline.config import dump, load
@@ -32,7 +32,7 @@ from cutline.towers.patches import set_patch_dropout
 from cutline.train import checkpoint, gradcache
 from cutline.train.device import device_of, process_group
 from cutline.train.metrics import Metrics, cut_metrics
-from cutline.train.optim import param_groups, schedule, set_lr
+from cutline.train.optim import average_in, averaged, param_groups, schedule, set_lr
 from cutline.train.recipe import DataConfig, Recipe
 from cutline.train.stream import Cached, Source, Stream, check_columns, open_source
 from cutline.train.stream.replay import IMAGE, TEXT
@@ -184,7 +184,7 @@ def prepare(recipe: Recipe, out: Path, resume: bool, source: Source | None = Non
     optimiser = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     average = None
     if config.ema is not None:
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+        average = averaged(model, config.ema)
     wrapped: nn.Module = trainee
     if size > 1 and config.micro_batch is not None:
         for tensor in (*trainee.parameters(), *trainee.buffers()):
@@ -226,6 +226,12 @@ def _stream(
         made_by = f"Captions are made with: cutline caption write PAIRS --with CAPTIONER --as {column}"
         check_columns(source, [column], texts, made_by)
     encoder = towers.load_encoder(model)  # for what it says of the pictures
+    shape = model.visual.preprocess_cfg["size"]  # type: ignore[index]
+    if not isinstance(shape, int) and len(set(shape)) > 1:
+        raise ConfigError(
+            f"towers: the image tower takes pictures of {'×'.join(map(str, shape))}, and views of pictures are square: give "
+            "image_size one number."
+        )
     return Stream(
         source,
         batch=recipe.train.batch,
@@ -251,27 +257,25 @@ def _stream(
 
 def _loop(run: Run, tick: Tick, watch: Watch | None = None) -> None:
     config = run.recipe.train
-    writer = Metrics(run) if world()[0] == 0 else None
     batches = run.stream.batches(until=run.steps)
     begun, seconds = time.monotonic(), run.seconds
     warned: set[str] = set()
-    stopped = watch is not None and run.step > 0 and watch(run)  # the kill came after the last look
-    for batch in () if stopped else batches:
-        log = train_step(run, batch.to(run.device))
-        run.step += 1
-        run.seconds = seconds + time.monotonic() - begun
-        if writer is not None:
-            writer.add(log)
-        tick(config.batch, f"loss {log['loss']:.3f}")
-        warned = _warn(run, warned, log, tick)
-        if run.step % config.save_every == 0 or run.step == run.steps:
+    with closing(Metrics(run)) if world()[0] == 0 else nullcontext() as writer:
+        stopped = watch is not None and run.step > 0 and watch(run)  # the kill came after the last look
+        for batch in () if stopped else batches:
+            log = train_step(run, batch.to(run.device))
+            run.step += 1
+            run.seconds = seconds + time.monotonic() - begun
             if writer is not None:
-                writer.flush()
-            checkpoint.save(run.out / "checkpoints", run.step, run.state(), config.keep)
-            if watch is not None and watch(run):
-                break
-    if writer is not None:
-        writer.close()
+                writer.add(log)
+            tick(config.batch, f"loss {log['loss']:.3f}")
+            warned = _warn(run, warned, log, tick)
+            if run.step % config.save_every == 0 or run.step == run.steps:
+                if writer is not None:
+                    writer.flush()
+                checkpoint.save(run.out / "checkpoints", run.step, run.state(), config.keep)
+                if watch is not None and watch(run):
+                    break
 
 
 def _warn(run: Run, before: set[str], log: dict[str, float], tick: Tick) -> set[str]:
@@ -318,7 +322,7 @@ def train_step(run: Run, batch: Batch) -> dict[str, float]:
         for objective in run.trainee.methods().values():
             objective.after_step(run.trainee.model, run.step)
         if run.average is not None:
-            run.average.update_parameters(run.trainee.model)
+            average_in(run.average, run.trainee.model)
     else:
         for buffer, before in zip(run.trainee.buffers(), statistics, strict=True):
             buffer.copy_(before)

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 NO_DECAY = (
     "pos_embed",
@@ -19,6 +20,22 @@ NO_DECAY = (
 
 
 DROPS = (8 / 9, 26 / 27)  # of all steps, where schedule="drops" divides the rate by ten
+
+
+def averaged(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of weights and buffers (batch norms' own averages); `average_in` moves it."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+def average_in(average: AveragedModel, model: nn.Module) -> None:
+    """A step of the average. Buffers that are not saved are constants and are copied: a causal mask holds -inf, and the mean of
+    two of them is NaN."""
+    average.update_parameters(model)
+    saved, own = model.state_dict().keys(), dict(average.module.named_buffers())
+    for name, buffer in model.named_buffers():
+        if name not in saved:
+            own[name].copy_(buffer)
 
 
 def param_groups(

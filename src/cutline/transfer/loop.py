@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from cutline.config import dump
 from cutline.errors import ConfigError, DivergedError, TrainingError
@@ -26,7 +25,7 @@ from cutline.record import fingerprint, write_atomic
 from cutline.train import checkpoint
 from cutline.train.device import device_of
 from cutline.train.metrics import cut_metrics
-from cutline.train.optim import param_groups, schedule, set_lr
+from cutline.train.optim import average_in, averaged, param_groups, schedule, set_lr
 from cutline.transfer.data import Skip
 from cutline.transfer.model import Transferred
 from cutline.transfer.options import NO_NUMBER, TransferConfig
@@ -134,7 +133,7 @@ class _Run:
         self.optimiser = torch.optim.AdamW(groups, fused=True)
         self.average = None
         if config.ema is not None:
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)  # type: ignore[no-untyped-call]
+            self.average = averaged(model, config.ema)
         self.trainee: nn.Module = _Trainee(model, loss)
         if size > 1:
             torch.manual_seed(config.seed + rank)  # dropout and drop path differ between processes
@@ -165,7 +164,7 @@ class _Run:
             self.optimiser.step()
             self.bad = 0
             if self.average is not None:
-                self.average.update_parameters(self.model)
+                average_in(self.average, self.model)
             self.model.after_step()
         else:
             for buffer, before in zip(self.model.buffers(), statistics, strict=True):
