@@ -72,6 +72,15 @@ def test_table_of_paths(tmp_path, folder, suffix, beside):
         create(tmp_path / "u.lance", [table], alt="title", show=False)
 
 
+def test_jsonl_rows_may_leave_out_keys(tmp_path, folder):
+    data = [{"licence": "CC0"}, {"image": "a/é.jpg"}, {"image": "b/x 1#%.jpg", "key": "k", "captions": ["p", "q"]}]
+    (folder / "t.jsonl").write_text("\n".join(map(json.dumps, data)))
+    create(tmp_path / "t.lance", [folder], need_text=False, max_bad=0.5, show=False)
+    assert rows(tmp_path / "t.lance", ["key", "captions"]) == [
+        {"key": "a/é", "captions": None}, {"key": "k", "captions": ["p", "q"]}
+    ]  # fmt: skip
+
+
 def test_several_rows_of_one_picture_become_its_captions(tmp_path, folder):
     (folder / "captions.csv").write_text("image,caption\na/é.jpg,one\na/é.jpg, two \nb/x 1#%.jpg,three\n")
     create(tmp_path / "t.lance", [folder / "captions.csv"], captions="caption", show=False)

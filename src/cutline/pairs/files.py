@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Iterator
 from errno import EILSEQ
-from itertools import groupby
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ PATHS = ("image", "path", "file", "file_name", "filename", "filepath", "file_pat
 TEXTS = ("alt", "alt_text", "txt", "text", "caption", "title", "description")
 REST = "\0"  # the name of cells beyond the columns, which no column can have
 ROWS = 1024  # parquet rows in memory at a time
+FIRST = 4096  # rows of a jsonl that tell its columns: each row may leave out what it has no value for
 
 
 def picture_file(path: Path, inline: bool) -> Picture:
@@ -105,8 +106,8 @@ class TableFeed:
         self.path, self.folder = path.resolve(), (folder or path.parent).resolve()
         self.parts = [str(path)]
         self.identity: list[Any] = [str(self.path), path.stat().st_size, str(self.folder), image]
-        first = next(rows_of(self.path), None)
-        if first is None:
+        first = _first(self.path)
+        if not first:
             raise DataError(f"the table {str(path)!r} has no rows.")
         self.columns = list(first)
         self.image = image or next((c for c in PATHS if c in first), "")
@@ -180,8 +181,17 @@ class TableFeed:
 
 def names_pictures(path: Path, image: str | None) -> bool:
     """Whether a table file found in a folder tells where the pictures are (img2dataset's own parquet files do not)."""
-    first = next(rows_of(path), {})
+    first = _first(path)
     return image in first if image else any(c in first for c in PATHS)
+
+
+def _first(path: Path) -> dict[str, Any]:
+    """The columns of a table, each with the value in the first row that has it."""
+    first: dict[str, Any] = {}
+    for row in islice(rows_of(path), FIRST if path.suffix == ".jsonl" else 1):
+        for name, value in row.items():
+            first.setdefault(name, value)
+    return first
 
 
 def rows_of(path: Path, report: IngestReport | None = None) -> Iterator[dict[str, Any]]:
