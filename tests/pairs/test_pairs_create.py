@@ -10,6 +10,7 @@ from pairs_made import picture, sample, write_tar
 
 from cutline.errors import DataError
 from cutline.pairs import IngestReport, Pairs, create, create_from_rows
+from cutline.pairs.keys import prefixes
 from cutline.pairs.sources import expand
 
 
@@ -137,6 +138,17 @@ def test_duplicate_keys_are_found_across_batches_and_shards(tmp_path, monkeypatc
     report = create(tmp_path / "u.lance", [a, b], prefix_keys=True, show=False)
     assert report.kept == 45
     assert Pairs.open(tmp_path / "u.lance").read([44], ["key"]) == [{"key": "b/000039"}]
+    with pytest.raises(DataError, match="with --prefix-keys"):
+        create(tmp_path / "v.lance", [a, b], max_bad=0, show=False)
+
+
+def test_prefixes_of_keys_tell_files_of_the_same_name_apart(tmp_path):
+    assert prefixes(["a/0.tar", "b/1.tar"]) == ["0/", "1/"]
+    assert prefixes(["x/a/0.tar", "x/b/0.tar", "x/b/1.tar"]) == ["a/0/", "b/0/", "b/1/"]
+    assert prefixes(["a/0.tar", "a/0.parquet"]) == ["0.tar/", "0.parquet/"]
+    path = str(write_tar(tmp_path / "a.tar", sample(0)))
+    with pytest.raises(DataError, match=r"duplicate key \(1, (?!.*prefix)"):
+        create(tmp_path / "t.lance", [path, path], prefix_keys=True, show=False)
 
 
 def test_truncated_tar_keeps_its_whole_samples(tmp_path):

@@ -111,6 +111,14 @@ def test_parquet_that_holds_the_pictures(tmp_path):
         assert report.skipped["no picture"].n == 1
 
 
+def test_keys_of_tables_are_prefixed_too(tmp_path):
+    for name in "xy":
+        data = [{"id": i, "image": picture(i), "caption": f"c{i}"} for i in range(2)]
+        pq.write_table(pa.Table.from_pylist(data), tmp_path / f"{name}.parquet")
+    create(tmp_path / "t.lance", [str(tmp_path / "?.parquet")], prefix_keys=True, show=False)
+    assert [r["key"] for r in rows(tmp_path / "t.lance", ["key"])] == ["x/0", "x/1", "y/0", "y/1"]
+
+
 def test_tables_that_do_not_name_pictures(tmp_path, folder):
     (tmp_path / "urls.csv").write_text("image,caption\nhttps://example.org/a.jpg,x\n")
     (tmp_path / "none.csv").write_text("a,b\n1,2\n")

@@ -22,7 +22,7 @@ from lance.blob import BlobType
 from cutline.errors import DataError
 from cutline.pairs import content
 from cutline.pairs.journal import Journal, locked, side_folder
-from cutline.pairs.keys import Keys
+from cutline.pairs.keys import Keys, prefixes
 from cutline.pairs.provenance import CONTENT, KEY, Provenance
 from cutline.pairs.report import IngestReport, utf8
 from cutline.pairs.samples import OWN, Feed, Missing, Picture, Sample, Wanted
@@ -57,7 +57,8 @@ def create(
     column; `json:key` reaches into JSON. fields: more columns, name → field.
     image: the column of a csv, tsv, jsonl or parquet file that holds paths or bytes, where its name does not tell.
     inline: store the pictures in the table instead of pointing at them. need_text: skip pictures without any text.
-    prefix_keys: put the shard's name before each key, for shards that each count from zero.
+    prefix_keys: put the file's name before each key, for shards and tables that each count from zero; where two have the
+    same name, with as many of their folders as tell them apart.
     max_bad: the share of skipped samples above which `DataError` stops the work.
 
     Raises `DataError` also for an `out` that exists and is no unfinished create of the same sources.
@@ -144,6 +145,7 @@ class _Writer:
         self.out, self.wanted, self.provenance = out, wanted, provenance
         self.need_text, self.max_bad = need_text, max_bad
         self.units = [(f, w, part) for f, w in zip(feeds, wanted) for part in range(len(f.parts))]
+        self.prefixes = prefixes([f.parts[part] for f, _, part in self.units]) if wanted[0].prefix_keys else []
         self.names = wanted[0].columns
         self.texts = [name for name in self.names if name in wanted[0].texts]
         self.identity = [[f.identity for f in feeds], provenance.settings]
@@ -211,7 +213,7 @@ class _Writer:
             self.report.at(name, muted=False)
             for sample in samples:
                 self.consumed += 1
-                self._take(sample)
+                self._take(sample._replace(key=self.prefixes[unit] + sample.key) if self.prefixes else sample)
                 if len(self.samples) >= BATCH or self.sample_bytes >= BATCH_BYTES:
                     tick(self._flush())
                     self.before = earlier + time.monotonic() - begun
@@ -221,7 +223,7 @@ class _Writer:
         tick(self._flush())
         self.before = self.report.seconds = earlier + time.monotonic() - begun
         self._commit()
-        self.report.demand(self.max_bad)
+        self._demand()
         if self.dataset is None:
             reasons = self.report.reasons() or "it holds no sample"
             raise DataError(f"no pair was found in {', '.join(self.provenance.inputs)}: {reasons}.")
@@ -301,7 +303,10 @@ class _Writer:
             )  # fmt: skip
         self.durable, self.batches, self.batch_bytes = after, [], 0
         if self.report.kept + self.report.bad >= ENOUGH:
-            self.report.demand(self.max_bad)
+            self._demand()
+
+    def _demand(self) -> None:
+        self.report.demand(self.max_bad, can_prefix=len(self.units) > 1 and not self.prefixes)
 
     def _finish(self) -> IngestReport:
         """Provenance and digests, then the word that the table is whole."""

@@ -4,7 +4,22 @@ Keys are known by Python's 64-bit hash, in a few sorted arrays that are merged w
 hash would count as one: with 100 million keys the chance that this happens anywhere is about 1 in 3,000.
 """
 
+from collections.abc import Sequence
+from itertools import product
+from pathlib import Path
+
 import numpy as np
+
+
+def prefixes(files: Sequence[str]) -> list[str]:
+    """What to put before the keys of each file: its stem, or where two have the same, as much of the path as differs."""
+    paths = {name: Path(name).resolve() for name in files}
+    different = set(paths.values())
+    for depth, whole in product(range(1, max((len(p.parts) for p in different), default=0) + 1), (False, True)):
+        short = {p: "/".join((p if whole else p.with_suffix("")).parts[-depth:]) for p in different}
+        if len(set(short.values())) == len(different):
+            break
+    return [f"{short[paths[name]]}/" for name in files]
 
 
 class Keys:

@@ -10,7 +10,7 @@ from cutline.errors import DataError
 
 EXAMPLES = 5
 REASONS = 20
-DUPLICATE = "tell the keys of shards apart with --prefix-keys if each shard counts from zero"
+DUPLICATE = "tell the keys of files apart with --prefix-keys if each counts from zero"
 
 
 def utf8(text: str) -> str:
@@ -69,19 +69,23 @@ class IngestReport(Config):
     def bad(self) -> int:
         return sum(c.n for c in self.skipped.values())
 
-    def demand(self, max_bad: float) -> None:
-        """Raise `DataError` if more than the share `max_bad` of the samples was skipped."""
+    def demand(self, max_bad: float, can_prefix: bool) -> None:
+        """Raise `DataError` if more than the share `max_bad` of the samples was skipped.
+
+        can_prefix: whether there is more than one file, and --prefix-keys was not given.
+        """
         seen = self.kept + self.bad
         if not self.bad or self.bad <= max_bad * seen:
             return
         raise DataError(
             f"{self.bad:,} of {seen:,} samples ({self.bad / seen:.0%}) had to be skipped, more than the {max_bad:.0%} "
-            f"allowed: {self.reasons()}. Put the source right{self._hints()}, or allow more with "
+            f"allowed: {self.reasons()}. Put the source right{self._hints(can_prefix)}, or allow more with "
             f"--max-bad {_step(self.bad / seen)}."
         )
 
-    def _hints(self) -> str:
-        hints = {"no text": "keep pictures without text with --keep-textless", "duplicate key": DUPLICATE}
+    def _hints(self, can_prefix: bool) -> str:
+        hints = {"no text": "keep pictures without text with --keep-textless"}
+        hints |= {"duplicate key": DUPLICATE} if can_prefix else {}
         return "".join(f", {hint}" for reason, hint in hints.items() if reason in self.skipped)
 
     def reasons(self) -> str:

@@ -62,6 +62,7 @@ class Wanted:
     """Columns to fill beside the picture: name → field. A field is `name`, or `name:key.key` into JSON.
 
     `texts` names those that hold text (alt text, captions): they are cleaned, and a sample with none is skipped.
+    `prefix_keys` asks `create` to put the name of a feed's part before each of its keys.
     """
 
     fields: Mapping[str, str] = field(default_factory=dict)

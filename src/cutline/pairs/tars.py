@@ -203,7 +203,6 @@ class _Grouper:
         self.fields = [split_field(f) for f in wanted.fields.values()]
         self.fields = [(name.lower(), path) for name, path in self.fields]
         self.extensions = {name for name, _ in self.fields}
-        self.prefix = f"{shard.stem}/" if wanted.prefix_keys else ""
 
     def samples(self) -> Iterator[Sample | Missing]:
         key, found, picture, broken = "", dict[str, bytes](), None, False
@@ -242,7 +241,7 @@ class _Grouper:
         return Picture(self.uri, start, size, width, height, tail, data)
 
     def sample(self, key: str, picture: Picture | None, found: dict[str, bytes]) -> Sample | Missing:
-        key = self.prefix + key.removeprefix("./")
+        key = key.removeprefix("./")
         if picture is None:
             return Missing(key, "no picture")
         values: list[Any] = []
