@@ -194,6 +194,7 @@ def test_bad_sources_are_named(tmp_path, shards):
     write_tar(tmp_path / "00000.tar", sample(0))
     for source, message in [
         (str(tmp_path / "{00000..00002}.tar"), r"no such file: .*00001\.tar, .*00002\.tar .*1 others are there"),
+        (str(tmp_path / "{3..1}.tar"), "names no file: the range in it must go up"),
         (str(tmp_path / "empty"), "no picture"),
         (str(tmp_path / "nothing"), "no such file or folder"),
         (str(tmp_path / "x.tar.gz"), "compressed .gzip"),

@@ -165,6 +165,16 @@ def test_names_and_keys_that_utf8_cannot_hold(tmp_path, folder):
     assert report.skipped["picture file cannot be read (No such file or directory)"].n == 2
 
 
+def test_a_folder_that_links_to_itself_is_read_once(tmp_path, folder):
+    (folder / "a" / "me").symlink_to(folder)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "y.jpg").write_bytes(picture(5))
+    (tmp_path / "other" / "back").symlink_to(folder)
+    (folder / "c").symlink_to(tmp_path / "other")
+    create(tmp_path / "t.lance", [folder], need_text=False, show=False)
+    assert [r["key"] for r in rows(tmp_path / "t.lance", ["key"])] == ["a/v1.2", "a/é", "b/x 1#%", "c/y"]
+
+
 def test_a_named_field_that_no_pair_has_is_told(tmp_path, folder):
     (folder / "a" / "é.txt").write_text("two")
     create(tmp_path / "t.lance", [folder], captions="json:captoins", fields={"order": "json:x"}, max_bad=1, show=False)
@@ -205,6 +215,18 @@ def test_coco_captions(tmp_path):
         create(tmp_path / "u.lance", [f"coco:{tmp_path}/bad.json"], show=False)
 
 
+def test_coco_file_names_that_name_no_file_are_counted(tmp_path):
+    source = coco(tmp_path / "coco")
+    path = Path(source.removeprefix("coco:"))
+    content = json.loads(path.read_text())
+    content["images"] += [{"id": 8, "file_name": name} for name in ("", "a\0.jpg", "\ud800.jpg")]
+    path.write_text(json.dumps(content))
+    for inline in (False, True):
+        out = tmp_path / f"{inline}.lance"
+        report = create(out, [source], inline=inline, need_text=False, max_bad=0.5, show=False)
+        assert (report.kept, sum(c.n for c in report.skipped.values())) == (3, 3)
+
+
 def test_coco_instances_have_no_captions(tmp_path, real_data):
     source = f"coco:{real_data}/coco_small/instances_val2017.json"
     with pytest.raises(DataError, match=r"no pair was found|no text"):
@@ -242,6 +264,22 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
         create(tmp_path / "u.lance", [f"hf:{tmp_path / 'hf'}:test"], show=False)
     with pytest.raises(DataError, match="cannot load the Hugging Face dataset"):
         create(tmp_path / "u.lance", [f"hf:{tmp_path / 'no'}"], show=False)
+
+
+def test_hugging_face_columns_of_paths(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    (tmp_path / "p.jpg").write_bytes(picture(0))
+    files = [str(tmp_path / "p.jpg"), str(tmp_path / "none.jpg"), "", "a\0b"]
+    data = {"file": files, "number": [1] * 4, "text": ["a"] * 4}
+    datasets.Dataset.from_dict(data).save_to_disk(tmp_path / "hf")
+    report = create(tmp_path / "t.lance", [f"hf:{tmp_path / 'hf'}"], image="file", max_bad=1, show=False)
+    assert rows(tmp_path / "t.lance") == [{"key": "00000000", "image": picture(0), "alt": "a"}]
+    assert {reason: c.n for reason, c in report.skipped.items()} == {
+        "picture file cannot be read (No such file or directory)": 1, "no picture": 1,
+        "picture file cannot be read (its name is no file name)": 1,
+    }  # fmt: skip
+    with pytest.raises(DataError, match=r"no picture \(4,"):
+        create(tmp_path / "u.lance", [f"hf:{tmp_path / 'hf'}"], image="number", show=False)
 
 
 def test_sources_of_several_kinds_in_one_table(tmp_path, folder, shards):

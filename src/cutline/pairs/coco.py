@@ -4,6 +4,7 @@ The whole JSON is read into memory (COCO's own 600,000 captions take about half 
 """
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,7 @@ class CocoFeed:
         fields = [split_field(f) for f in wanted.fields.values()]
         for image in self.images:
             path = self.folder / image["file_name"]
-            key = Path(image["file_name"]).with_suffix("").as_posix()
+            key = os.path.splitext(image["file_name"])[0]
             try:
                 picture = picture_file(path, wanted.inline)
             except OSError as e:

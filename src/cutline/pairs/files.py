@@ -8,7 +8,7 @@ import csv
 import json
 import os
 from collections.abc import Iterator
-from errno import EILSEQ
+from errno import EILSEQ, EINVAL
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,11 @@ def picture_file(path: Path, inline: bool) -> Picture:
     """The picture in a file. Raises OSError, also for a name that is not UTF-8, which no table can point at."""
     if not inline and utf8(str(path)) != str(path):
         raise OSError(EILSEQ, "its name is not UTF-8")
-    with open(path, "rb") as f:
+    try:
+        f = open(path, "rb")  # noqa: SIM115
+    except ValueError as e:  # a NUL or half a surrogate pair in it
+        raise OSError(EINVAL, "its name is no file name") from e
+    with f:
         size = os.fstat(f.fileno()).st_size
 
         def read(at: int, n: int) -> bytes:
@@ -84,13 +88,16 @@ class FolderFeed:
             yield Sample(key, picture, [dig(whole.get(name), at) if at else found.get(name) for name, at in fields])
 
 
-def _pictures(folder: Path) -> Iterator[Path]:
-    """In sorted order, one folder's names in memory at a time; hidden files are left out."""
+def _pictures(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """In sorted order, one folder's names in memory at a time; without hidden files and links to a folder `above`."""
+    real = folder.resolve()
+    if real in above:
+        return
     with os.scandir(folder) as it:
         entries = sorted((e.name, e.is_dir()) for e in it if not e.name.startswith("."))
     for name, is_folder in entries:
         if is_folder:
-            yield from _pictures(folder / name)
+            yield from _pictures(folder / name, (*above, real))
         elif name.rpartition(".")[2].lower() in PICTURES:
             yield folder / name
 
@@ -166,7 +173,7 @@ class TableFeed:
             path = self.folder / where
             try:
                 return key, picture_file(path, wanted.inline) if where else None
-            except (OSError, ValueError):  # ValueError: a path with a NUL or half a surrogate pair in it
+            except OSError:
                 return key, None
         value = row.get(self.image)
         data = value.get("bytes") if isinstance(value, dict) else value

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from cutline.errors import DataError
-from cutline.pairs.files import TEXTS, picture_bytes
+from cutline.pairs.files import TEXTS, picture_bytes, picture_file
 from cutline.pairs.report import IngestReport
 from cutline.pairs.samples import Missing, Sample, Wanted, dig, split_field
 
@@ -45,14 +45,15 @@ class HuggingFaceFeed:
         for number, row in enumerate(self.data):
             key = str(row[self.id]) if self.id and row[self.id] is not None else f"{number:08d}"
             cell = row[self.image]
+            cell = {"path": cell} if isinstance(cell, str) else cell
             data = cell.get("bytes") if isinstance(cell, dict) else cell
             if data is None and isinstance(cell, dict) and cell.get("path"):
                 try:
-                    data = Path(cell["path"]).read_bytes()
+                    data = picture_file(Path(cell["path"]), inline=True).data
                 except OSError as e:
                     yield Missing(key, f"picture file cannot be read ({e.strerror})")
                     continue
-            if data is None:
+            if not isinstance(data, bytes):
                 yield Missing(key, "no picture")
                 continue
             yield Sample(key, picture_bytes(data), [dig(row, [name, *at]) if name else None for name, at in fields])

@@ -94,6 +94,8 @@ def matching_files(pattern: str) -> list[Path]:
             missing += [] if hits else [name]
         else:
             missing.append(name)
+    if not found and not missing:
+        raise DataError(f"{pattern!r} names no file: the range in it must go up, as in {{00000..00003}}.")
     if missing:
         more = f" and {len(missing) - 3:,} more" if len(missing) > 3 else ""
         raise DataError(
