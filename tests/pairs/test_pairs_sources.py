@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+from datetime import date
 from pathlib import Path
 
 import pyarrow as pa
@@ -109,6 +110,14 @@ def test_parquet_that_holds_the_pictures(tmp_path):
             {"key": str(i), "image": picture(i), "alt": f"c{i}"} for i in (0, 1, 3)
         ]
         assert report.skipped["no picture"].n == 1
+
+
+def test_dates_of_a_parquet_are_plain_text(tmp_path):
+    data = [{"image": picture(0), "text": "x", "date": date(2020, 1, 2), "more": {"at": date(2020, 1, 2)}}]
+    pq.write_table(pa.Table.from_pylist(data), tmp_path / "t.parquet")
+    fields = {name: name for name in ("date", "more")}
+    create(tmp_path / "t.lance", [tmp_path / "t.parquet"], fields=fields, show=False)
+    assert rows(tmp_path / "t.lance", list(fields)) == [{"date": "2020-01-02", "more": '{"at": "2020-01-02"}'}]
 
 
 def test_keys_of_tables_are_prefixed_too(tmp_path):

@@ -135,7 +135,8 @@ def _fit(value: Any, kind: pa.DataType, key: str, report: IngestReport) -> Any:
     if pa.types.is_string(kind):
         if isinstance(value, bytes) or (isinstance(value, str) and not value.isascii()):
             return clean(value, key, report)
-        return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        as_json = isinstance(value, dict | bool | int | float)  # not dates, decimals, …
+        return json.dumps(value, ensure_ascii=False, default=str) if as_json else str(value)
     right = {pa.bool_(): (bool,), pa.int64(): (int,), pa.float64(): (int, float)}[kind]
     if type(value) in right and not (kind == pa.int64() and not -(2**63) <= value < 2**63):
         return value
