@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from cutline.errors import DataError
 from cutline.pairs import BadPicture
 from cutline.pairs.decode import decode
+from cutline.pairs.headers import HEAD, picture_size
 
 
 def by_pillow(data: bytes) -> np.ndarray:
@@ -58,6 +59,8 @@ def test_pictures_are_turned_upright(form, orientation):
     data = picture(5, form, (40, 24), exif=exif)
     np.testing.assert_allclose(decode(data).astype(int), by_pillow(data), atol=3)
     assert decode(data).shape == ((40, 24, 3) if orientation >= 5 else (24, 40, 3))
+    height, width, _ = decode(data).shape
+    assert picture_size(data[:HEAD], lambda at, n: data[at : at + n]) == (width, height)
 
 
 def test_cmyk_comes_out_in_the_right_colours():

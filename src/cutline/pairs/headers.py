@@ -1,8 +1,9 @@
 """Width, height and kind of a picture from its first bytes, without decoding it.
 
-`picture_size` follows the segments of a JPEG, and the fixed header fields of PNG, GIF, BMP and WebP. It asks for bytes
-through a callable, so that the tar indexer can serve it from its read window. Sizes are those of the upright picture:
-an EXIF orientation that turns the picture by a quarter swaps them, as `cutline.pairs.decode` does with the pixels.
+`picture_size` follows the segments of a JPEG and the chunks of PNG and WebP, and reads the fixed header fields of GIF
+and BMP. It asks for bytes through a callable, so that the tar indexer can serve it from its read window. Sizes are those
+of the upright picture: an EXIF orientation that turns the picture by a quarter swaps them, as `cutline.pairs.decode` does
+with the pixels.
 """
 
 import struct
@@ -53,14 +54,15 @@ def _told(head: bytes, read: Read) -> tuple[int, int] | None:
         if kind == "jpeg":
             return _jpeg(head, read)
         if kind == "png":
-            return struct.unpack(">II", head[16:24])
+            width, height = struct.unpack(">II", head[16:24])
+            return (height, width) if _turned(head, read, 8, png=True) else (width, height)
         if kind == "gif":
             return struct.unpack("<HH", head[6:10])
         if kind == "bmp":
             width, height = struct.unpack("<ii", head[18:26])
             return width, abs(height)
         if kind == "webp":
-            return _webp(head)
+            return _webp(head, read)
     except (struct.error, IndexError):  # the bytes end within the header
         return None
     return None
@@ -92,10 +94,11 @@ def _jpeg(head: bytes, read: Read) -> tuple[int, int] | None:
             pos += 2 + length
 
 
-def _webp(head: bytes) -> tuple[int, int] | None:
+def _webp(head: bytes, read: Read) -> tuple[int, int] | None:
     chunk = head[12:16]
     if chunk == b"VP8X":
-        return int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+        width, height = int.from_bytes(head[24:27], "little") + 1, int.from_bytes(head[27:30], "little") + 1
+        return (height, width) if head[20] & 8 and _turned(head, read, 12, png=False) else (width, height)
     if chunk == b"VP8 ":
         width, height = struct.unpack("<HH", head[26:30])
         return width & 0x3FFF, height & 0x3FFF
@@ -103,6 +106,23 @@ def _webp(head: bytes) -> tuple[int, int] | None:
         bits = struct.unpack("<I", head[21:25])[0]
         return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
     return None
+
+
+def _turned(head: bytes, read: Read, at: int, png: bool) -> bool:
+    """Whether the EXIF chunk of a PNG (one before its pixels) or a WebP turns the picture by a quarter.
+
+    at: where the first chunk begins.
+    """
+    while True:
+        chunk = head[at : at + 8] if at + 8 <= len(head) else read(at, 8)
+        if len(chunk) < 8:
+            return False
+        name, length = (chunk[4:], int.from_bytes(chunk[:4], "big")) if png else struct.unpack("<4sI", chunk)
+        if name.upper() == b"EXIF":
+            return orientation(read(at + 8, min(length, 4096)).removeprefix(b"Exif\0\0")) >= 5
+        if name in (b"IDAT", b"IEND"):
+            return False
+        at += 8 + length + (4 if png else length % 2)  # a checksum; an even length
 
 
 def orientation(tiff: bytes) -> int:
