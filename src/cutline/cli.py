@@ -214,7 +214,9 @@ def pairs_create(
     ] = None,
     keep_textless: Annotated[bool, typer.Option("--keep-textless", help="Keep pictures without any text.")] = False,
     prefix_keys: Annotated[bool, typer.Option("--prefix-keys", help="Put the file's name before each key.")] = False,
-    max_bad: Annotated[float, typer.Option(help="Stop when more than this share of samples is skipped.")] = 0.1,
+    max_bad: Annotated[
+        float, typer.Option(help="Stop when more than this share of samples is skipped, or of a column's values lost.")
+    ] = 0.1,
 ) -> None:
     """Index pictures where they lie, with their texts, as a table."""
     from cutline.pairs import create

@@ -23,7 +23,7 @@ def make(tmp_path: Path, members: list, **options) -> tuple[Pairs, IngestReport]
 
 
 def counts(report: IngestReport) -> dict[str, int]:
-    return {reason: c.n for reason, c in {**report.skipped, **report.repaired}.items()}
+    return {reason: c.n for reason, c in {**report.skipped, **report.lost, **report.repaired}.items()}
 
 
 def test_flickr8k(tmp_path, real_data):
@@ -130,6 +130,7 @@ def test_pictures_without_text_stay_if_wished(tmp_path):
 
 def test_duplicate_keys_are_found_across_batches_and_shards(tmp_path, monkeypatch):
     monkeypatch.setattr("cutline.pairs.ingest.BATCH", 7)
+    monkeypatch.setattr("cutline.pairs.ingest.COMMIT", 7)
     a = write_tar(tmp_path / "a.tar", [m for n in range(20) for m in sample(n)])
     b = write_tar(tmp_path / "b.tar", [m for n in range(15, 40) for m in sample(n)])
     report = create(tmp_path / "t.lance", [a, b], max_bad=0.2, show=False)
@@ -236,11 +237,33 @@ def test_fields_keep_one_type(tmp_path):
 
 
 def test_field_of_another_type_than_the_first_values_is_counted(tmp_path, monkeypatch):
-    monkeypatch.setattr("cutline.pairs.ingest.BATCH", 2)
-    members = [m for n, v in enumerate(["1", "2", '"x"', "4"]) for m in sample(n, json=f'{{"x": {v}}}'.encode())]
+    monkeypatch.setattr("cutline.pairs.ingest.COMMIT", 2)
+    members = [m for n, v in enumerate(["1", "2", "0.5", "4"]) for m in sample(n, json=f'{{"x": {v}}}'.encode())]
     pairs, report = make(tmp_path, members, captions=None, fields={"x": "json:x"})
     assert [r["x"] for r in pairs.read(range(4), ["x"])] == [1, 2, None, 4]
-    assert counts(report) == {"a value that is not int64: taken as missing": 1}
+    assert counts(report) == {"a value of 'x' that is not int64: taken as missing": 1}
+    assert pairs.report.lost == report.lost
+    with pytest.raises(DataError, match=r"1 of 4 samples \(25%\) have a value of 'x' .*000002: 0\.5.*--max-bad 0\.26"):
+        create(tmp_path / "u.lance", [tmp_path / "in.tar"], fields={"x": "json:x"}, max_bad=0.2, show=False)
+
+
+def test_lists_that_come_after_single_values(tmp_path, monkeypatch):
+    monkeypatch.setattr("cutline.pairs.ingest.COMMIT", 2)
+    texts = ['"a"', '"b"', '["c"]', '["d", "e"]']
+    members = [m for n, v in enumerate(texts) for m in sample(n, json=f'{{"x": {v}}}'.encode())]
+    pairs, report = make(tmp_path, members, alt="json:x", captions="json:x", fields={"x": "json:x"})
+    got = pairs.read(range(4), ["alt", "captions", "x"])
+    assert [r["captions"] for r in got] == [["a"], ["b"], ["c"], ["d", "e"]]
+    assert [r["alt"] for r in got] == [r["x"] for r in got] == ["a", "b", "c", "d"]
+    assert counts(report) == {f"a list in {n!r}, which holds one value: first one kept": 1 for n in ("alt", "x")}
+
+
+def test_types_are_those_of_a_whole_first_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("cutline.pairs.ingest.BATCH", 2)
+    members = [m for n, v in enumerate([0, None, 0.5]) for m in sample(n, json=json.dumps({"x": v}).encode())]
+    pairs, report = make(tmp_path, members, captions=None, fields={"x": "json:x"})
+    assert [r["x"] for r in pairs.read(range(3), ["x"])] == [0.0, None, 0.5]
+    assert not counts(report)
 
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "GIF", "BMP"])

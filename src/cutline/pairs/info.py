@@ -39,8 +39,8 @@ class Info:
             lines.insert(1, escape(f"made from {', '.join(key.inputs)}"))
         if self.filter:
             lines.insert(1, escape(f"where {self.filter}"))
-        if self.report and (self.report.skipped or self.report.repaired):
-            counts = {**self.report.skipped, **self.report.repaired}
+        counts = {**self.report.skipped, **self.report.lost, **self.report.repaired} if self.report else {}
+        if counts:
             lines.append(escape("at create: " + "; ".join(f"{reason} {c.n:,}" for reason, c in counts.items())))
         for name, reasons in self.failed.items():
             if reasons:

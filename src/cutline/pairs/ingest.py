@@ -1,9 +1,10 @@
 """`create`: sources → a table of pairs, in one pass, in commits that survive a kill.
 
 Samples are cleaned, checked for duplicate keys and gathered into batches of `BATCH` rows; every `COMMIT` rows (or
-bytes, with `inline`) are appended to the Lance table in one commit. Before each commit the journal is told where the
-sources will stand after it, so a second start goes on behind the last commit, with the same report and the same
-digests as an undisturbed run. Memory: one commit's rows, and 8 bytes for each key.
+bytes, with `inline`) are appended to the Lance table in one commit. The first batch, from which the columns have their
+types, is a whole commit. Before each commit the journal is told where the sources will stand after it, so a second start
+goes on behind the last commit, with the same report and the same digests as an undisturbed run. Memory: one commit's
+rows, and 8 bytes for each key.
 """
 
 import contextlib
@@ -59,7 +60,7 @@ def create(
     inline: store the pictures in the table instead of pointing at them. need_text: skip pictures without any text.
     prefix_keys: put the file's name before each key, for shards and tables that each count from zero; where two have the
     same name, with as many of their folders as tell them apart.
-    max_bad: the share of skipped samples above which `DataError` stops the work.
+    max_bad: the share of skipped samples, or of a column's values lost, above which `DataError` stops the work.
 
     Raises `DataError` also for an `out` that exists and is no unfinished create of the same sources.
     """
@@ -214,7 +215,9 @@ class _Writer:
             for sample in samples:
                 self.consumed += 1
                 self._take(sample._replace(key=self.prefixes[unit] + sample.key) if self.prefixes else sample)
-                if len(self.samples) >= BATCH or self.sample_bytes >= BATCH_BYTES:
+                # the first batch tells the types
+                most, most_bytes = (BATCH, BATCH_BYTES) if self.schema else (COMMIT, COMMIT_BYTES)
+                if len(self.samples) >= most or self.sample_bytes >= most_bytes:
                     tick(self._flush())
                     self.before = earlier + time.monotonic() - begun
                     if sum(map(len, self.batches)) >= COMMIT or self.batch_bytes >= COMMIT_BYTES:
@@ -252,7 +255,7 @@ class _Writer:
         columns: dict[str, pa.Array] = {}
         text = np.full(len(samples), not self.need_text)
         for name in self.texts:
-            columns[name] = text_column(raw[name], schema.field(name).type, keys, self.report)
+            columns[name] = text_column(raw[name], schema.field(name), keys, self.report)
             text |= columns[name].is_valid().to_numpy(zero_copy_only=False)
         keep = text.copy()
         keep[text] = self.keys.add([k for k, t in zip(keys, text) if t])
@@ -260,7 +263,7 @@ class _Writer:
             self.report.skip("duplicate key" if text[i] else "no text", keys[i])
         for name in self.names:
             if name not in columns:
-                columns[name] = plain_column(raw[name], schema.field(name).type, keys, self.report)
+                columns[name] = plain_column(raw[name], schema.field(name), keys, self.report)
         if not keep.all():
             columns = {name: c.filter(pa.array(keep)) for name, c in columns.items()}
             samples = [s for s, k in zip(samples, keep) if k]
@@ -287,7 +290,10 @@ class _Writer:
     def _sniff(self, raw: dict[str, list[Any]]) -> pa.Schema:
         fields = [pa.field("key", pa.string()), lance.blob_field("image")]
         fields += [pa.field("width", pa.int32()), pa.field("height", pa.int32())]
-        fields += [pa.field(name, sniff(raw[name], name in self.texts)) for name in self.names]
+        kinds = {name: sniff(raw[name], name in self.texts) for name in self.names}
+        if "captions" in self.texts:  # one string so far need not be all that ever comes
+            kinds["captions"] = pa.list_(pa.string())
+        fields += [pa.field(name, kind) for name, kind in kinds.items()]
         return pa.schema(fields, metadata={STATE: "unfinished"})
 
     def _commit(self) -> None:

@@ -1,5 +1,6 @@
 """What `create` left out or put right, and what `check` found: counts by reason, each with a few examples."""
 
+import reprlib
 from typing import Any
 
 from pydantic import Field, PrivateAttr
@@ -40,11 +41,12 @@ def count(counts: dict[str, Count], reason: str, example: str) -> None:
 
 
 class IngestReport(Config):
-    """Rows kept, samples skipped and values repaired by reason; stored in the table and printed by the CLI."""
+    """Rows kept, samples skipped, values lost and repaired by reason; stored in the table and printed by the CLI."""
 
     out: str = ""
     kept: int = 0
     skipped: dict[str, Count] = Field(default_factory=dict)
+    lost: dict[str, Count] = Field(default_factory=dict)  # values that do not fit their column's type
     repaired: dict[str, Count] = Field(default_factory=dict)
     seconds: float = 0.0
     _where: str = PrivateAttr("")  # the part being read, said with each example
@@ -52,6 +54,9 @@ class IngestReport(Config):
 
     def skip(self, reason: str, key: str) -> None:
         self._count(self.skipped, reason, key)
+
+    def lose(self, reason: str, key: str, value: Any) -> None:
+        self._count(self.lost, reason, f"{key}: {reprlib.repr(value)}")
 
     def repair(self, reason: str, key: str) -> None:
         self._count(self.repaired, reason, key)
@@ -70,11 +75,19 @@ class IngestReport(Config):
         return sum(c.n for c in self.skipped.values())
 
     def demand(self, max_bad: float, can_prefix: bool) -> None:
-        """Raise `DataError` if more than the share `max_bad` of the samples was skipped.
+        """Raise `DataError` if more than the share `max_bad` of the samples was skipped, or lost the value of a column.
 
         can_prefix: whether there is more than one file, and --prefix-keys was not given.
         """
         seen = self.kept + self.bad
+        for reason, c in self.lost.items():
+            share = min(c.n / seen, 1.0)
+            if share > max_bad:
+                raise DataError(
+                    f"{c.n:,} of {seen:,} samples ({share:.0%}) have {reason} (for example {', '.join(c.examples[:2])}); "
+                    f"{max_bad:.0%} are allowed. A column has the type of the first values: put the source right, name "
+                    f"first a file with such values, or allow more with --max-bad {_step(share)}."
+                )
         if not self.bad or self.bad <= max_bad * seen:
             return
         raise DataError(
@@ -96,7 +109,8 @@ class IngestReport(Config):
     def __rich__(self) -> Any:
         rate = f", {self.kept / self.seconds:,.0f}/s" if self.seconds else ""
         title = f"[bold]{escape(self.out)}[/bold]: {self.kept:,} pairs{rate}"
-        return _print(title, {"skipped": self.skipped, "repaired": self.repaired}, "nothing was skipped or repaired")
+        nothing = "nothing was skipped or repaired"
+        return _print(title, {"skipped": self.skipped, "lost": self.lost, "repaired": self.repaired}, nothing)
 
 
 class CheckReport(Config):

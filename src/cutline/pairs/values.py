@@ -51,9 +51,9 @@ def _scalar(seen: list[Any]) -> pa.DataType:
     return pa.float64() if kinds and kinds <= {int, float} else pa.string()
 
 
-def text_column(values: list[Any], kind: pa.DataType, keys: list[str], report: IngestReport) -> pa.Array:
+def text_column(values: list[Any], field: pa.Field, keys: list[str], report: IngestReport) -> pa.Array:
     """Text as stored, of type string or list<string>: see `clean`. `values` is changed in place."""
-    many = pa.types.is_list(kind)
+    many = pa.types.is_list(field.type)
     if many:
         lists = [v if type(v) is list else [] if v is None else [v] for v in values]
         lengths = np.fromiter(map(len, lists), np.int64, len(lists))
@@ -69,19 +69,26 @@ def text_column(values: list[Any], kind: pa.DataType, keys: list[str], report: I
     if not many and not wrong:
         return array
     for row in wrong:
-        values[row] = _shape(clean(values[row], keys[row], report), many, keys[row], report)
+        values[row] = _shape(clean(values[row], keys[row], report), field, keys[row], report)
     if many and not wrong:
         empty = lengths == 0
         offsets = pa.array(np.append(0, np.cumsum(lengths)), pa.int32(), mask=np.append(empty, False))
         return pa.ListArray.from_arrays(offsets, array)
-    return pa.array([_shape(v, many, k, report) for v, k in zip(values, keys)], kind)
+    return pa.array([_shape(v, field, k, report) for v, k in zip(values, keys)], field.type)
 
 
-def _shape(value: Any, many: bool, key: str, report: IngestReport) -> Any:
+def _shape(value: Any, field: pa.Field, key: str, report: IngestReport) -> Any:
     """One string or a list of them, as the column wants it."""
+    many = pa.types.is_list(field.type)
     if many or not isinstance(value, list):
         return [value] if many and isinstance(value, str | bytes) else value or None
-    report.repair("a list where one value was expected: first one kept", key)
+    return _first(value, field, key, report)
+
+
+def _first(value: list[Any], field: pa.Field, key: str, report: IngestReport) -> Any:
+    """Of a list that meets a column of single values."""
+    if len(value) > 1:
+        report.lose(f"a list in {field.name!r}, which holds one value: first one kept", key, value)
     return value[0] if value else None
 
 
@@ -117,21 +124,22 @@ def clean(value: Any, key: str, report: IngestReport) -> str | list[str] | None:
     return str(stripped)
 
 
-def plain_column(values: list[Any], kind: pa.DataType, keys: list[str], report: IngestReport) -> pa.Array:
+def plain_column(values: list[Any], field: pa.Field, keys: list[str], report: IngestReport) -> pa.Array:
     """Values of a field the user named, fitted to the column's type."""
-    return pa.array([_fit(v, kind, k, report) for v, k in zip(values, keys)], kind)
+    return pa.array([_fit(v, field, k, report) for v, k in zip(values, keys)], field.type)
 
 
-def _fit(value: Any, kind: pa.DataType, key: str, report: IngestReport) -> Any:
+def _fit(value: Any, field: pa.Field, key: str, report: IngestReport) -> Any:
     """`value` as the column's type wants it; what does not fit becomes None and is counted."""
+    kind = field.type
     if value is None:
         return None
     if pa.types.is_list(kind):
-        parts = [_fit(v, kind.value_type, key, report) for v in (value if isinstance(value, list) else [value])]
+        one = pa.field(field.name, kind.value_type)
+        parts = [_fit(v, one, key, report) for v in (value if isinstance(value, list) else [value])]
         return [p for p in parts if p is not None]
     if isinstance(value, list):
-        report.repair("a list where one value was expected: first one kept", key)
-        return _fit(value[0] if value else None, kind, key, report)
+        return _fit(_first(value, field, key, report), field, key, report)
     if pa.types.is_string(kind):
         if isinstance(value, bytes) or (isinstance(value, str) and not value.isascii()):
             return clean(value, key, report)
@@ -140,5 +148,5 @@ def _fit(value: Any, kind: pa.DataType, key: str, report: IngestReport) -> Any:
     right = {pa.bool_(): (bool,), pa.int64(): (int,), pa.float64(): (int, float)}[kind]
     if type(value) in right and not (kind == pa.int64() and not -(2**63) <= value < 2**63):
         return value
-    report.repair(f"a value that is not {kind}: taken as missing", key)
+    report.lose(f"a value of {field.name!r} that is not {kind}: taken as missing", key, value)
     return None
