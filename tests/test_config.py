@@ -1,6 +1,7 @@
 """Recipes: what a wrong key or value says, and what overrides do."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -24,6 +25,11 @@ class Outer(Config):
     columns: dict[str, float] = Field(default_factory=dict)
     steps: int = 10
     maybe: Inner | None = None
+    custom: dict[str, Any] | None = None
+
+
+class Whole(Config):
+    outer: Outer = Outer()
 
 
 def write(tmp_path: Path, text: str) -> Path:
@@ -62,6 +68,14 @@ def test_an_override_of_free_keys_replaces_them_and_one_of_a_section_merges(tmp_
         inner=Inner(rate=0.5, name="y"), columns={"c": 3}
     )
     assert load(Outer, path, ["columns.c=3"]).columns == {"a": 1, "b": 2, "c": 3}
+
+
+def test_free_keys_that_may_be_null_or_stand_in_a_section_are_replaced_too(tmp_path):
+    path = write(tmp_path, "outer: {columns: {a: 1}, custom: {width: 8, depth: {a: 1}}, steps: 7}\n")
+    assert load(Whole, path, ["outer.custom={depth: {b: 1}}"]).outer.custom == {"depth": {"b": 1}}
+    got = load(Whole, path, ["outer={columns: {b: 2}, custom: {height: 4}}"]).outer
+    assert (got.columns, got.custom, got.steps) == ({"b": 2}, {"height": 4}, 7)
+    assert load(Whole, path, ["outer.custom.width=9"]).outer.custom == {"width": 9, "depth": {"a": 1}}
 
 
 def test_keys_with_capitals_are_named_too(tmp_path):

@@ -77,10 +77,11 @@ def apply(values: dict[str, Any], overrides: Sequence[str], model: type[BaseMode
     try:
         merged: Any = OmegaConf.create(values)
         for item in overrides:
-            key = item.split("=", 1)[0]
-            if _is_free(model, key.split(".")) and OmegaConf.select(merged, key) is not None:
-                OmegaConf.update(merged, key, None)
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([item]))
+            given = OmegaConf.from_dotlist([item])
+            for key in _replaced(model, item.split("=", 1)[0], given):
+                if OmegaConf.select(merged, key) is not None:
+                    OmegaConf.update(merged, key, None)
+            merged = OmegaConf.merge(merged, given)
         result = OmegaConf.to_container(merged, resolve=True)
     except (OmegaConfBaseException, yaml.YAMLError) as e:
         raise ConfigError(f"cannot apply the overrides {list(overrides)}: {e}") from e
@@ -142,13 +143,25 @@ def _fields(model: type[BaseModel], loc: Location) -> set[str]:
     return {name for m in models for name in m.model_fields}
 
 
+def _replaced(model: type[BaseModel], key: str, given: Any) -> list[str]:
+    """The keys of the mappings that the override of `key` replaces: itself, or those in the section that it is."""
+    from omegaconf import DictConfig, OmegaConf
+
+    if _is_free(model, key.split(".")):
+        return [key]
+    value = OmegaConf.select(given, key, throw_on_resolution_failure=False)
+    parts = value if isinstance(value, DictConfig) else ()
+    return [k for part in parts for k in _replaced(model, f"{key}.{part!s}", given)]
+
+
 def _is_free(model: type[BaseModel], loc: Sequence[str]) -> bool:
     """Whether the field at `loc` is a mapping with keys of the user's own."""
     annotation: Any = model
     for part in loc:
         fields = [m.model_fields[part] for m in _models_in(annotation) if part in m.model_fields]
         annotation = fields[0].annotation if fields else None
-    return get_origin(annotation) is dict
+    kinds = get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+    return any(get_origin(kind) is dict for kind in kinds)
 
 
 def _models_in(annotation: Any) -> set[type[BaseModel]]:

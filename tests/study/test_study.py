@@ -125,6 +125,13 @@ def test_an_arm_replaces_the_columns_of_the_base():
     assert Plan.model_validate(TINY | {"base": base}).recipe("captions", 0).data.text.columns == {"captions": 1}
 
 
+@pytest.mark.parametrize("arm", [{"towers.custom": {"embed_dim": 8}}, {"towers": {"custom": {"embed_dim": 8}}}])
+def test_an_arm_replaces_the_towers_of_the_base(arm):
+    assert Plan.model_validate(TINY | {"arms": TINY["arms"] | {"other": arm}}).recipe("other", 0).towers.custom == {
+        "embed_dim": 8
+    }
+
+
 def test_classification_is_a_task_of_a_study(tmp_path):
     data = "scenes:n=240,size=48,seed=2,objects=24"
     task = {"task": "classify", "data": data, "config": {"head": "knn", "k": 3, "pictures": 20}}
