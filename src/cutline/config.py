@@ -27,8 +27,13 @@ C = TypeVar("C", bound=Config)
 Location = tuple[str | int, ...]
 
 
-def load(model: type[C], path: str | Path | None, overrides: Sequence[str] = ()) -> C:
-    """Read `path` (YAML; None for all defaults), apply `overrides` (`key.sub=value`) and validate as `model`."""
+def load(
+    model: type[C], path: str | Path | None, overrides: Sequence[str] = (), shape: type[BaseModel] | None = None
+) -> C:
+    """Read `path` (YAML; None for all defaults), apply `overrides` (`key.sub=value`) and validate as `model`.
+
+    shape: the model whose sections the overrides follow, where `model` leaves one open.
+    """
     text = ""
     if path is not None:
         try:
@@ -44,7 +49,7 @@ def load(model: type[C], path: str | Path | None, overrides: Sequence[str] = ())
         raise ConfigError(f"{path} is not valid YAML: {e}") from e
     if not isinstance(values, dict):
         raise ConfigError(f"{path} must hold a mapping of keys to values, and holds a {type(values).__name__}.")
-    return check(model, apply(values, overrides, model), node, path, overrides)
+    return check(model, apply(values, overrides, shape or model), node, path, overrides)
 
 
 def check(

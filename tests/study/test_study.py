@@ -125,6 +125,14 @@ def test_an_arm_replaces_the_columns_of_the_base():
     assert Plan.model_validate(TINY | {"base": base}).recipe("captions", 0).data.text.columns == {"captions": 1}
 
 
+def test_an_override_of_the_base_merges_sections_and_replaces_columns(tmp_path):
+    base = TINY["base"] | {"data": TINY["base"]["data"] | {"text": {"columns": {"captions": 1}}}}
+    (tmp_path / "p.yaml").write_text(yaml.safe_dump(TINY | {"base": base}))
+    plan = load_plan(tmp_path / "p.yaml", ["base.data.text.columns={alt: 1}", "base.train={lr: 0.1}"])
+    assert plan.base["data"] == base["data"] | {"text": {"columns": {"alt": 1}}}
+    assert plan.base["train"] == base["train"] | {"lr": 0.1}
+
+
 @pytest.mark.parametrize("arm", [{"towers.custom": {"embed_dim": 8}}, {"towers": {"custom": {"embed_dim": 8}}}])
 def test_an_arm_replaces_the_towers_of_the_base(arm):
     assert Plan.model_validate(TINY | {"arms": TINY["arms"] | {"other": arm}}).recipe("other", 0).towers.custom == {

@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, create_model, model_validator
 
 from cutline.captions.captioner import CaptionerConfig
 from cutline.captions.coca import CocaWriter
@@ -115,9 +115,13 @@ class Plan(Config):
         return recipe
 
 
+# Overrides of the base merge as those of a recipe do; the plan keeps it as it was written.
+_Shape = create_model("_Shape", __base__=Plan, base=(Recipe, ...))
+
+
 def load_plan(path: str | Path, overrides: list[str] | None = None) -> Plan:
     """Read a study. Raises `ConfigError` with the key and line of what is wrong."""
-    return load(Plan, path, overrides or [])
+    return load(Plan, path, overrides or [], _Shape)
 
 
 def quickstart_plan(size: str, overrides: list[str] | None = None) -> Plan:
