@@ -180,6 +180,12 @@ def test_verdicts_follow_the_t_interval(plan):
     assert difference(plan, four, "seg", "captions", "alt text").verdict == "better"
 
 
+def test_many_seeds_are_judged_by_students_t_too(plan):
+    """Mean 0.63 of twelve differences 1.63 and −0.37: 2.20 · s/√n = 0.66 covers 0, and 2 · s/√n would not."""
+    found = made({"captions": [0.5163, 0.4963] * 6, "alt text": [0.5] * 12})
+    assert difference(plan, found, "seg", "captions", "alt text").verdict == "no clear difference"
+
+
 def test_a_difference_within_the_spread_is_called_none(plan):
     found = made({"captions": [0.50, 0.40], "alt text": [0.40, 0.48]})
     assert difference(plan, found, "seg", "captions", "alt text").verdict == "no clear difference"

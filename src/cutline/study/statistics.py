@@ -4,6 +4,8 @@ import math
 import statistics
 from dataclasses import dataclass
 
+from scipy import stats
+
 from cutline.record import HEADLINE, Result, check_comparable
 from cutline.study.plan import Plan
 from cutline.study.runner import Cell
@@ -11,8 +13,6 @@ from cutline.study.runner import Cell
 # With one seed there is no spread to judge by: below this relative difference we say that nothing was shown.
 # (Across seeds, scores of the same arm in the built-in studies vary by about this much.)
 ONE_SEED = 0.03
-# Student's t for a two-sided 95 % interval, by the number of seeds.
-T95 = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 
 
 @dataclass
@@ -49,13 +49,14 @@ def difference(plan: Plan, found: dict[Cell, Result], task: str, arm: str, other
         return None
     deltas = [a[s] - b[s] for s in seeds]
     mean, spread = mean_spread(deltas)
+    n = len(seeds)
     if spread is None:
         clear = abs(mean) > ONE_SEED * abs(b[seeds[0]])
     else:
-        clear = abs(mean) > T95.get(len(seeds), 2.0) * spread / math.sqrt(len(seeds))
+        clear = abs(mean) > stats.t.ppf(0.975, n - 1) * spread / math.sqrt(n)
     good = (mean > 0) == HEADLINE[plan.tasks[task].task][2]
     verdict = ("better" if good else "worse") if clear else "no clear difference"
-    return Difference(mean, spread, len(seeds), verdict)
+    return Difference(mean, spread, n, verdict)
 
 
 def headline(plan: Plan, found: dict[Cell, Result]) -> str:
