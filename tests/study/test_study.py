@@ -10,13 +10,14 @@ import yaml
 from processes import run_cutline, start
 
 from cutline import towers
-from cutline.config import dump
+from cutline.config import dump, load
 from cutline.errors import ConfigError, DataError
 from cutline.record import Protocol, Result
 from cutline.study.plan import SIZES, Plan, load_plan, quickstart_plan
 from cutline.study.report import _curves, _how
-from cutline.study.runner import Cell, _pretrain, _transfer, check_folder, results
+from cutline.study.runner import Cell, _chosen, _pretrain, _transfer, check_folder, results
 from cutline.study.statistics import difference, headline, scores
+from cutline.train.recipe import Recipe
 
 TINY = {
     "name": "test",
@@ -235,6 +236,11 @@ def test_a_finished_study_does_nothing_again(here, study, monkeypatch):
     assert [p.stat().st_mtime_ns for p in paths] == before
 
 
+def test_runs_keep_the_whole_path_of_their_study_and_so_go_on_from_another_folder(study):
+    recipe = load(Recipe, study / "out" / "captions" / "seed-0" / "recipe.yaml")
+    assert recipe.data.pairs == str((study / "out" / "pairs.lance").resolve())
+
+
 def test_the_report_stands_alone_and_shows_everything(study):
     page = (study / "out" / "report.html").read_text()
     assert "http://" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace(
@@ -297,6 +303,32 @@ def test_curves_of_a_run_that_is_being_written(tmp_path, plan):
         '{"samples": 8, "loss": 2.0, "mae/pixels": 2.0, "contrastive/accuracy/text": 1}\n'
     )
     assert _curves(plan, tmp_path) is None  # no contrast, and no level to compare
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["tasks.depth.data=folder:nowhere"], "nowhere"),
+        (["tasks.retrieval.data=nowhere.lance"], "nowhere.lance"),
+        (["base.data.pairs=nowhere.lance"], "nowhere.lance"),
+        (["--only", "no such"], "'no such' names no cell"),
+    ],
+)
+def test_a_wrong_start_leaves_the_folder_to_the_corrected_study(here, tmp_path, monkeypatch, wrong, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "plan.yaml").write_text(yaml.safe_dump(TINY))
+    done = here("study", "plan.yaml", "--out", "out", *wrong)
+    assert done.returncode == 1
+    assert message in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_arms_with_a_slash_in_their_name_can_be_chosen():
+    plan = Plan.model_validate(TINY | {"arms": TINY["arms"] | {"CLIP w/ alt": {}}})
+    assert _chosen(plan, "CLIP w/ alt") == (["CLIP w/ alt"], ["seg", "depth", "retrieval"])
+    assert _chosen(plan, "CLIP w/ alt/depth") == (["CLIP w/ alt"], ["depth"])
+    with pytest.raises(ConfigError, match="'CLIP w/ text' names no cell"):
+        _chosen(plan, "CLIP w/ text")
 
 
 def test_another_study_in_the_same_folder_is_refused(here, study, monkeypatch):

@@ -16,6 +16,7 @@ from cutline.study.plan import Plan, load_plan
 from cutline.study.recaption import recaption
 from cutline.train.loop import read_from, train
 from cutline.train.stream import Source, open_source
+from cutline.transfer.data import open_data
 from cutline.transfer.run import transfer
 from cutline.transfer.sweep import sweep
 from cutline.zeroshot.retrieve import RetrieveConfig, retrieve
@@ -39,10 +40,13 @@ def run(plan: Plan, out: Path, only: str | None = None, say: Callable[[str], Non
 
     A killed study goes on where it stopped: pretraining from its last checkpoint, transfers from the next unscored one.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    check_folder(plan, out)
-    write_atomic(out / "study.yaml", dump(plan).encode())
+    out = out.resolve()  # runs keep paths in it, and go on wherever the study is called from
     arms, tasks = _chosen(plan, only)
+    check_folder(plan, out)
+    if not (out / "study.yaml").exists():
+        _check_data(plan, arms, out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_atomic(out / "study.yaml", dump(plan).encode())
     if plan.recaption is not None:
         recaption(plan.recaption, out, say)
     sources: dict[str, Source] = {}
@@ -64,6 +68,22 @@ def check_folder(plan: Plan, out: Path) -> None:
         raise ConfigError(f"{out} holds another study (see {previous}); choose another --out, or delete it.")
 
 
+def _check_data(plan: Plan, arms: list[str], out: Path) -> None:
+    """Open what the arms and every task read, before a folder is bound to the plan; but the table the study makes."""
+    recipes = [plan.recipe(a, plan.seeds[0], out) for a in arms if plan.arms[a] is not None]
+    tables = {(r.data.pairs, r.data.where) for r in recipes}
+    for task in plan.tasks.values():
+        config = task.build(0)
+        if isinstance(config, RetrieveConfig):
+            tables.add((task.data, config.where))
+        else:
+            assert task.task != "retrieve"
+            open_data(task.data, task.task)
+    for pairs, where in tables:
+        if plan.recaption is None or Path(pairs).resolve() != out / "pairs.lance":
+            open_source(pairs, where)
+
+
 def results(plan: Plan, out: Path) -> dict[Cell, Result]:
     """The finished cells."""
     cells = [Cell(a, s, t) for a in plan.arms for s in plan.seeds for t in plan.tasks]
@@ -71,14 +91,12 @@ def results(plan: Plan, out: Path) -> dict[Cell, Result]:
 
 
 def _chosen(plan: Plan, only: str | None) -> tuple[list[str], list[str]]:
-    if only is None:
-        return list(plan.arms), list(plan.tasks)
-    arm, _, task = only.partition("/")
-    if arm not in plan.arms or (task and task not in plan.tasks):
-        raise ConfigError(
-            f"--only {only!r} names no cell; arms: {', '.join(plan.arms)}; tasks: {', '.join(plan.tasks)}."
-        )
-    return [arm], [task] if task else list(plan.tasks)
+    every = list(plan.tasks)
+    cells = {None: (list(plan.arms), every)} | {f"{a}/{t}": ([a], [t]) for a in plan.arms for t in every}
+    cells |= {arm: ([arm], every) for arm in plan.arms}
+    if only not in cells:
+        raise ConfigError(f"--only {only!r} names no cell; arms: {', '.join(plan.arms)}; tasks: {', '.join(every)}.")
+    return cells[only]
 
 
 def _pretrain(plan: Plan, cell: Cell, out: Path, sources: dict[str, Source]) -> str:
