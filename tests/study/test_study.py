@@ -12,7 +12,11 @@ from processes import run_cutline, start
 from cutline import towers
 from cutline.config import dump, load
 from cutline.errors import ConfigError, DataError
+from cutline.pairs import Pairs
 from cutline.record import Protocol, Result
+from cutline.scenes import parse_spec
+from cutline.scenes.write import write_pairs
+from cutline.study.cards import _picture, cards
 from cutline.study.plan import SIZES, Plan, load_plan, quickstart_plan
 from cutline.study.report import _curves, _how
 from cutline.study.runner import Cell, _chosen, _pretrain, _transfer, check_folder, results
@@ -303,6 +307,16 @@ def test_curves_of_a_run_that_is_being_written(tmp_path, plan):
         '{"samples": 8, "loss": 2.0, "mae/pixels": 2.0, "contrastive/accuracy/text": 1}\n'
     )
     assert _curves(plan, tmp_path) is None  # no contrast, and no level to compare
+
+
+def test_captions_stand_beside_their_own_pictures_in_a_filtered_study(tmp_path):
+    write_pairs(parse_spec("scenes:n=8,size=48,seed=1"), tmp_path / "pairs.lance")
+    where = "key >= 's1-00000004'"
+    base = TINY["base"] | {"data": TINY["base"]["data"] | {"where": where}}
+    card = cards(Plan.model_validate(TINY | {"base": base}), tmp_path, count=1)[0]
+    row = Pairs.open(tmp_path / "pairs.lance", where).read([0], ["image", "alt"])[0]
+    assert card["image"] == _picture(row["image"])
+    assert card["texts"][0]["lines"] == [row["alt"]]
 
 
 @pytest.mark.parametrize(

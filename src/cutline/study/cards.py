@@ -24,8 +24,10 @@ def cards(plan: Plan, out: Path, count: int = 8) -> list[dict[str, Any]]:
     Scenes are drawn larger than the encoders saw them.
     """
     recipes = [plan.recipe(arm, plan.seeds[0], out) for arm in plan.arms]
-    source = open_source(_larger(recipes[0].data.pairs), recipes[0].data.where)
-    drawn = source if plan.recaption is None else open_source(_larger(plan.recaption.scenes))
+    data = recipes[0].data
+    source = open_source(_larger(data.pairs), data.where)
+    whole = (data.pairs, data.where) == (str(out / "pairs.lance"), None)  # whose rows are those of the scenes
+    drawn = open_source(_larger(plan.recaption.scenes)) if plan.recaption is not None and whole else source
     columns = _columns(plan, recipes, source)
     shown = []
     for row in islice(_rows(source, columns), count):
