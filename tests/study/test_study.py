@@ -39,6 +39,7 @@ TINY = {
                 "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "layers": 1, "heads": 1},
             }
         },
+        "objectives": {"contrastive": {}},
         "train": {"batch": 8, "samples": 16, "warmup": 1, "save_every": 1, "log_every": 1},
     },
     "arms": {"scratch": None, "alt text": {"data.text.columns": {"alt": 1}}, "ours": {"data.text.columns": {"caption_ours": 1}}, "captions": {"data.text.columns": {"captions": 1}}},

@@ -222,6 +222,7 @@ def test_a_run_trains_on_replayed_views(reinforced: tuple[Pairs, Any], tmp_path:
         "name": "replay",
         "data": {"pairs": reinforced[0].path, "replay": "dr", "threads": 0, "text": {"columns": {"alt": 1.0}}},
         "towers": {"model": "vit-tiny-64"},
+        "objectives": {"contrastive": {}},
         "train": {"batch": 6, "samples": 12, "device": "cpu", "log_every": 1},
     })  # fmt: skip
     train(recipe, tmp_path / "run", show=False)

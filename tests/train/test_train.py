@@ -37,6 +37,7 @@ def recipe(**train: Any) -> Recipe:
         "name": "test",
         "data": {"pairs": "scenes:n=64,size=48,seed=1", "cache": True, "threads": 1, "text": {"columns": {"captions": 1}}},
         "towers": TOWERS,
+        "objectives": {"contrastive": {}},
         "train": {"batch": 8, "samples": 96, "warmup": 2, "save_every": 4, "log_every": 1, "lr": 1e-3} | train,
     })  # fmt: skip
 
@@ -374,6 +375,15 @@ def test_wrong_settings_are_named(tmp_path, changes, message):
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(ConfigError, match=message):
         loop.load(Recipe, tmp_path / "r.yaml")
+
+
+def test_a_recipe_names_its_objectives_and_an_override_adds_to_them(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(dump(recipe()))
+    assert list(loop.load(Recipe, path, ["objectives.silc={}"]).objective_configs()) == ["contrastive", "silc"]
+    path.write_text("name: x\ndata: {pairs: 'scenes:n=8'}\ntowers: {model: vit-tiny-64}\n")
+    with pytest.raises(ConfigError, match="objectives: Field required"):
+        loop.load(Recipe, path)
 
 
 def test_unknown_text_column_is_named(tmp_path):

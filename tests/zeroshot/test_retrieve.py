@@ -169,7 +169,7 @@ def test_pairs_seen_in_training_are_known(tmp_path):
     run.mkdir()
     for where, expected in (("key < '5'", (True, "NOT (key < '5')")), (None, (True, None))):
         values = {"name": "r", "data": {"pairs": table, "where": where}, "towers": {"model": "vit-tiny-64"}}
-        (run / "recipe.yaml").write_text(dump(Recipe.model_validate(values)))
+        (run / "recipe.yaml").write_text(dump(Recipe.model_validate(values | {"objectives": {"contrastive": {}}})))
         assert held_out(str(run), f"{table}/") == expected
     assert held_out(str(run), str(tmp_path / "other.lance")) == (False, None)
     assert held_out("ViT-B-32:openai", table) == (False, None)

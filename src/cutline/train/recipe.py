@@ -87,7 +87,7 @@ class Recipe(Config):
     seed: int = Field(0, ge=0)
     data: DataConfig
     towers: TowerConfig
-    objectives: Objectives = Field(default_factory=lambda: Objectives(contrastive={}))  # type: ignore[call-arg]
+    objectives: Objectives  # no default, which an override would replace and not add to
     train: TrainConfig = Field(default_factory=TrainConfig)
 
     @model_validator(mode="after")
