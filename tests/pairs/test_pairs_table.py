@@ -141,6 +141,14 @@ def test_kinds_of_values(table, values, kind, expected):
     assert new.fingerprint != table.fingerprint
 
 
+def test_vectors_that_some_rows_lack_stay_vectors(table):
+    new = table.add_column("v", [None if i % 3 else np.full(4, i, np.float16) for i in range(120)])
+    assert new.schema.field("v").type == pa.list_(pa.float16(), 4)
+    got = [r["v"] for r in new.read(range(4), ["v"])]
+    assert got[1:3] == [None, None]
+    np.testing.assert_array_equal(np.stack([got[0], got[3]]), np.array([[0.0] * 4, [3.0] * 4], np.float16))
+
+
 def test_values_that_do_not_fit_are_refused(table):
     for values, kind, message in [
         (range(119), None, "119 values .* where 120 rows"),

@@ -362,10 +362,13 @@ def to_arrow(values: Any, count: int, kind: pa.DataType | None, name: str) -> pa
     try:
         if isinstance(values, pa.Array):
             return values if kind in (None, values.type) else values.cast(kind)
+        missing = np.array([v is None for v in values])
         vectors = [v for v in values if isinstance(v, np.ndarray) and v.ndim == 1]
-        if vectors and len(vectors) == count and len({(v.dtype, v.shape) for v in vectors}) == 1:
-            flat = pa.array(np.concatenate(vectors))
-            array = pa.FixedSizeListArray.from_arrays(flat, len(vectors[0]))
+        if vectors and len(vectors) + missing.sum() == count and len({(v.dtype, v.shape) for v in vectors}) == 1:
+            nothing = np.zeros_like(vectors[0])
+            flat = pa.array(np.concatenate([nothing if v is None else v for v in values]))
+            mask = pa.array(missing) if missing.any() else None
+            array = pa.FixedSizeListArray.from_arrays(flat, len(nothing), mask=mask)
             return array if kind in (None, array.type) else array.cast(kind)
         if (width := _vector_width(kind)) and all(
             v is None or (isinstance(v, np.ndarray) and v.shape[1:] == (width,)) for v in values
