@@ -75,8 +75,8 @@ class DepthClipConfig(MetresConfig):
             raise ValueError(f"{count} names and {len(self.bins)} bins: give a bin for each")
         if count < 2:
             raise ValueError("one name gives one depth everywhere: give two or more")
-        if self.test == "whole" and (self.crop or self.stride):
-            raise ValueError("crop and stride are of test=slide: say that too, or leave them out")
+        if self.test == "whole":
+            idle(self, "test=whole has no windows", "crop")
         if self.labels is not None and self.bins != "data":
             raise ValueError("only bins=data looks at labels: leave labels out")
         idle(self, "method=depthclip trains nothing", *TRAINING)
