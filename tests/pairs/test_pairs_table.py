@@ -141,6 +141,11 @@ def test_kinds_of_values(table, values, kind, expected):
     assert new.fingerprint != table.fingerprint
 
 
+def test_a_function_of_a_column_that_is_not_there_is_refused(table):
+    with pytest.raises(DataError, match="has no column 'nope'; it has key"):
+        table.add_column("v", lambda rows: [0] * len(rows), columns=["nope"], show=False)
+
+
 def test_vectors_that_some_rows_lack_stay_vectors(table):
     new = table.add_column("v", [None if i % 3 else np.full(4, i, np.float16) for i in range(120)])
     assert new.schema.field("v").type == pa.list_(pa.float16(), 4)

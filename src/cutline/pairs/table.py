@@ -120,6 +120,7 @@ class Pairs:
 
     def digest(self, column: str) -> str:
         """Of a column's values, taken when they were written (see `content`); "" for one that Cutline did not write."""
+        self.check_columns([column])
         return str((self.schema.field(column).metadata or {}).get(CONTENT.encode(), b"").decode())
 
     def check_fresh(self, column: str, source: str) -> None:
