@@ -225,6 +225,7 @@ def test_a_column_that_exists_is_refused_with_advice(here, chained, monkeypatch)
     assert "has a column 'caption_ours' already" in again.stderr
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow  # each command starts a Ray of its own
 def test_every_command_gives_the_same_on_ray(scenes, chained, tmp_path):
     pytest.importorskip("ray")
