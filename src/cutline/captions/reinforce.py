@@ -80,26 +80,25 @@ class ReinforceConfig(Config):
 
 @dataclass(frozen=True)
 class ReinforceWork:
-    """See above; make it with `reinforce_work`. texts: caption columns."""
+    """See above; make it with `reinforce_work`."""
 
     config: ReinforceConfig
     teachers: tuple[Teacher, ...]
-    texts: tuple[str, ...]
     name: str
 
     @property
     def reads(self) -> list[str]:
-        return ["image", *self.texts]
+        return ["image", *self.config.texts]
 
     @property
     def writes(self) -> dict[str, "pa.DataType | str"]:
         kind = vectors(sum(t.width for t in self.teachers))
-        embedded = [f"{self.name}_image", *(f"{self.name}_text_{c}" for c in self.texts)]
+        embedded = [f"{self.name}_image", *(f"{self.name}_text_{c}" for c in self.config.texts)]
         return {f"{self.name}_augment": AUGMENTATIONS, **dict.fromkeys(embedded, kind)}
 
     def provenance(self) -> Provenance:
-        settings = self.config.model_dump(mode="json", exclude={"teachers", "texts", "device"})
-        settings |= {"teachers": [t.model_dump() for t in self.teachers], "texts": list(self.texts)}
+        settings = self.config.model_dump(mode="json", exclude={"teachers", "device"})
+        settings["teachers"] = [t.model_dump() for t in self.teachers]
         names = ", ".join(t.name for t in self.teachers)
         return Provenance(how="reinforce", model=names, inputs=self.reads, settings=settings)
 
@@ -114,7 +113,7 @@ def reinforce_work(pairs: Pairs, config: ReinforceConfig, name: str = "dr") -> R
     tower or with pictures that are not square, and `DataError` for a column that is not there.
     """
     pairs.check_columns(config.texts)
-    return ReinforceWork(config, tuple(_describe(t) for t in config.teachers), tuple(config.texts), name)
+    return ReinforceWork(config, tuple(_describe(t) for t in config.teachers), name)
 
 
 def _describe(name: str) -> Teacher:
@@ -172,7 +171,7 @@ class Reinforcer(Worker):
         for row, m in zip(rows, made, strict=True):
             if isinstance(m, Failed):
                 continue
-            each = [captions_of(c, row[c]) or [""] for c in self.work.texts]
+            each = [captions_of(c, row[c]) or [""] for c in self.work.config.texts]
             counts.append([len(t) for t in each])
             texts += [t for column in each for t in column]
         tokens = [t.trimmed(t(texts)) for t in self.tokenizers] if texts else []
@@ -210,7 +209,7 @@ class Reinforcer(Worker):
                 continue
             ends = np.cumsum([said, *next(counts)]).tolist()
             embedded = {f"{name}_image": image[at : at + len(row)]}
-            for column, (start, end) in zip(self.work.texts, pairwise(ends), strict=True):
+            for column, (start, end) in zip(self.work.config.texts, pairwise(ends), strict=True):
                 embedded[f"{name}_text_{column}"] = text[start:end]
             at, said = at + len(row), ends[-1]
             if all(np.isfinite(v).all() for v in embedded.values()):
